@@ -1,0 +1,60 @@
+"""What has to be true of a process before MLX, Prefect or MLflow are imported in it."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+QUIET = {
+    # Nothing leaves the machine: telemetry of the libraries is off.
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Prefect gives its own server 20 s to start, too little on a busy machine.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    # Alembic prints a line per migration; transformers looks for PyTorch and says so.
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "true",
+    # Pickles are never read (MLflow's default is to read them).
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+}
+
+
+@cache
+def set_up_process() -> None:
+    """Set the quiet defaults (a person's own environment wins) and load BLAS. Idempotent."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    load_blas()
+
+
+@cache
+def load_blas() -> str | None:
+    """Load a fast BLAS ahead of MLX's reference one, and return the name of its file.
+
+    The Linux CPU wheel of mlx (0.32.4) links reference BLAS, thirty times slower; symbols loaded
+    first and globally win. OpenBLAS of the system is preferred, then the `mkl` wheel's `libmkl_rt`.
+    Remove this when the wheel links a fast BLAS itself.
+
+    Returns:
+        The file loaded, or None when none was found or none is needed (not Linux).
+    """
+    if sys.platform != "linux":
+        return None
+    installed = sorted(Path(sys.prefix, "lib").glob("libmkl_rt.so*"))
+    names = ["libopenblas.so.0", ctypes.util.find_library("openblas"), *map(str, installed)]
+    for name in filter(None, names):
+        try:
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return name
+    return None

@@ -1,0 +1,113 @@
+"""Step outputs on disk: named by the fingerprint of their inputs, published by one rename or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tasks.home import runs_dir
+
+log = logging.getLogger(__name__)
+
+INPUTS_FILE = "inputs.json"
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What passes between steps: a published folder and the fingerprint of the inputs it was made from."""
+
+    path: Path
+    fingerprint: str
+    reused: bool
+    seconds: float
+
+    def read_json(self, name: str) -> Any:
+        """The parsed JSON file `name` of the folder."""
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+
+def run_step(step: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> StepOutput:
+    """Make a step's output once: a folder that exists already under the same inputs is used as it is.
+
+    Args:
+        step: the step's name, which is also its folder under `tasks/` and under `mlruns/steps/`.
+        inputs: everything the output depends on, as plain JSON values; the step's code is added.
+        make: writes the output into the empty folder it is given.
+    """
+    known = {**inputs, "code": code_version(step)}
+    print_of_inputs = fingerprint(known)
+    target = runs_dir() / "steps" / step / print_of_inputs
+    started = time.perf_counter()
+    reused = target.is_dir()
+    if reused:
+        log.info("%s: inputs unchanged, reusing %s", step, target)
+    else:
+        with publishing(target) as draft:
+            make(draft)
+            write_json(draft / INPUTS_FILE, known)
+    return StepOutput(target, print_of_inputs, reused, time.perf_counter() - started)
+
+
+def fingerprint(value: Any) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of `value` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def code_version(step: str) -> str:
+    """A digest of the Python files of `tasks/<step>/`: a changed step does not reuse old outputs."""
+    digest = hashlib.sha256()
+    for source in sorted((Path(__file__).parent / step).rglob("*.py")):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def publishing(target: Path) -> Iterator[Path]:
+    """Yield a draft folder beside `target`; on success sync it and rename it into place.
+
+    On any exception the draft is removed and `target` does not appear. When another process has
+    published the same target meanwhile, its folder is kept: equal inputs give equal outputs.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.draft"
+    draft.mkdir()
+    try:
+        yield draft
+        for path in draft.rglob("*"):
+            sync(path)
+        sync(draft)
+        try:
+            draft.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+        sync(target.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON ending in a newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Flush a file's or folder's contents to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
