@@ -1,0 +1,259 @@
+"""The one settings tree. YAML, the command line, the Prefect form and MLflow's params are views of it.
+
+A default is written here and nowhere else. `load_settings` reads a YAML file and `section.key=value`
+overrides; every mistake in either is an `InputError` that names the key and the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tasks.errors import InputError
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSettings(Section):
+    """The base model."""
+
+    source: str = Field(
+        "smollm2-135m-instruct",
+        min_length=1,
+        description="the bundled model's name, a hub name (owner/name), a folder, or a .gguf file",
+    )
+    revision: str | None = Field(None, description="hub branch, tag or commit")
+
+
+class DataSettings(Section):
+    """The rows, and how they become tokens."""
+
+    source: str = Field("stdlib", min_length=1, description="a JSONL file, or the built-in 'stdlib'")
+    max_rows: int | None = Field(None, ge=10, description="use this many rows, chosen by hash and seed")
+    valid_share: float = Field(0.1, gt=0, lt=0.5, description="share of the rows held out for validation")
+    test_share: float = Field(0.1, gt=0, lt=0.5, description="share of the rows held out for the final test")
+    max_seq_length: int = Field(2048, ge=16, description="longer rows are left out, never cut (tokens)")
+    mask_prompt: bool = Field(True, description="learn the answers only, not the questions")
+    system_prompt: str | None = Field(None, description="put before rows that have none of their own")
+    seed: int = Field(0, description="decides which row goes to which split")
+
+
+class TrainSettings(Section):
+    """The training loop."""
+
+    num_layers: int = Field(8, ge=-1, description="adapt the last N layers; -1 for all")
+    rank: int = Field(8, ge=1, le=4096, description="LoRA rank")
+    alpha: float = Field(32.0, gt=0, description="LoRA scale is alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    learning_rate: float = Field(2e-4, gt=0, le=1)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = Field(5, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="clip the gradient's global norm")
+    batch_size: int = Field(4, ge=1, description="rows a step")
+    epochs: float = Field(1.0, gt=0, description="passes over the training rows")
+    max_steps: int | None = Field(None, ge=1, description="stop earlier, after this many steps")
+    steps_per_eval: int = Field(100, ge=1, description="validate every N steps, and at both ends")
+    seed: int = Field(0, description="order of the rows, adapter initialisation and dropout")
+
+
+class EvaluateSettings(Section):
+    """The comparison of base and tuned on the test rows."""
+
+    samples: int = Field(8, ge=0, description="test prompts answered by base and tuned")
+    max_tokens: int = Field(48, ge=1, description="longest answer (tokens)")
+    batch_size: int = Field(8, ge=1, description="rows a forward pass")
+
+
+class FuseSettings(Section):
+    """Merging the adapter into the base weights."""
+
+    enabled: bool = True
+    tolerance: float = Field(
+        1e-3, gt=0, description="largest relative test-loss difference of fused and adapter"
+    )
+
+
+class RegisterSettings(Section):
+    """The MLflow model registry."""
+
+    enabled: bool = True
+    name: str | None = Field(None, description="registered model; by default base model and data, joined")
+    promote: Literal["if-better", "always", "never"] = Field("if-better", description="when @champion moves")
+
+
+class LearningRateRange(Section):
+    """A range searched on a log scale."""
+
+    low: float = Field(3e-5, gt=0)
+    high: float = Field(1e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LearningRateRange:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
+        return self
+
+
+class SearchSettings(Section):
+    """Hyperparameter search: what is varied, how often, in how much memory."""
+
+    trials: int = Field(12, ge=1)
+    budget: str = Field("75%", description="memory for one trial: 8GB, 512MB, or a share of what is free: 75%")
+    learning_rate: LearningRateRange = LearningRateRange()
+    rank: tuple[int, ...] = Field((8, 16, 32, 64), min_length=1)
+    num_layers: tuple[int, ...] = Field((4, 8, 16), min_length=1)
+    seed: int = Field(0, description="of the sampler")
+
+
+class TrackingSettings(Section):
+    """Where MLflow keeps runs."""
+
+    uri: str | None = Field(None, description="MLFLOW_TRACKING_URI if set, else SQLite under mlruns/")
+    experiment: str = Field("tunesmith", min_length=1)
+
+
+class Settings(Section):
+    """Everything that decides what a run does."""
+
+    name: str | None = Field(None, description="of the run in MLflow and Prefect; made up when absent")
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    fuse: FuseSettings = FuseSettings()
+    register_: RegisterSettings = Field(RegisterSettings(), alias="register")
+    search: SearchSettings = SearchSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+
+def load_settings(path: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
+    """Read a YAML file and lay `section.key=value` overrides over it.
+
+    A `data.source` or `model.source` that names an existing path beside the YAML file is taken
+    relative to that file, one given on the command line relative to the working directory.
+
+    Raises:
+        InputError: the file is missing or not YAML, a key is unknown, or a value is not allowed.
+    """
+    tree = read_yaml(path) if path else {}
+    for override in overrides:
+        _lay_over(tree, override)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_explain(error, path)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, source paths made absolute; `InputError` with file and line."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give a YAML file such as {EXAMPLE}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; give a YAML file such as {EXAMPLE}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: holds a {type(tree).__name__}; expected sections such as 'train:'")
+    for section in ("model", "data"):
+        settings = tree.get(section)
+        if isinstance(settings, dict) and isinstance(source := settings.get("source"), str):
+            beside = path.resolve().parent / Path(source).expanduser()
+            if beside.exists():
+                settings["source"] = str(beside)
+    return tree
+
+
+def flatten(settings: Settings) -> dict[str, Any]:
+    """The settings as one level of dotted keys, the form of MLflow's params and of overrides."""
+    return dict(_leaves(settings.model_dump(mode="json", by_alias=True)))
+
+
+def changed(settings: Settings) -> dict[str, Any]:
+    """The dotted keys whose values are not the defaults."""
+    defaults = flatten(Settings())
+    return {key: value for key, value in flatten(settings).items() if value != defaults[key]}
+
+
+def describe() -> dict[str, str]:
+    """The description of every dotted key that has one."""
+    return dict(_descriptions(Settings))
+
+
+EXAMPLE = "flows/configs/quickstart.yaml"
+
+
+def _lay_over(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"'{override}': an override has the form section.key=value, as train.rank=16")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"'{override}': the value is not YAML; quote it") from None
+    *sections, last = key.split(".")
+    place = tree
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"'{override}': {section} is a value, not a section")
+        place = inner
+    place[last] = value
+
+
+def _explain(error: ValidationError, path: Path | None) -> str:
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"unknown setting '{key}'{_nearest(key)}")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"{key} = {fault['input']!r}: {message[0].lower()}{message[1:]}")
+    where = f"{path}: " if path else ""
+    return where + f"\n{where}".join(lines)
+
+
+def _nearest(key: str) -> str:
+    known = {**flatten(Settings()), **{name: None for name in Settings().model_dump(by_alias=True)}}
+    last = key.rsplit(".", 1)[-1]
+    by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    close = close or [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return "; 'tunesmith show' lists them all"
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _descriptions(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, field in section.model_fields.items():
+        key = prefix + (field.alias or name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _descriptions(field.annotation, f"{key}.")
+        elif field.description:
+            yield key, field.description

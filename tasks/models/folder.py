@@ -1,0 +1,23 @@
+"""The record of a base model that passes between steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A base model as an MLX model folder, which `mlx_lm.load` takes as it is.
+
+    Attributes:
+        path: holds config.json, *.safetensors and the tokenizer's files.
+        name: short and readable, for run names and reports ("SmolLM2-135M-Instruct").
+        fingerprint: of the weights, the config and the tokenizer: equal for equal contents.
+        source: what the settings named.
+    """
+
+    path: Path
+    name: str
+    fingerprint: str
+    source: str
