@@ -7,14 +7,24 @@ overrides; every mistake in either is an `InputError` that names the key and the
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tasks.errors import InputError
+
+
+def _some_layers(count: int) -> int:
+    if count == 0 or count < -1:
+        raise ValueError("give a number of layers from 1 up, or -1 for all of them")
+    return count
+
+
+Layers = Annotated[int, AfterValidator(_some_layers)]
 
 
 class Section(BaseModel):
@@ -50,7 +60,7 @@ class DataSettings(Section):
 class TrainSettings(Section):
     """The training loop."""
 
-    num_layers: int = Field(8, ge=-1, description="adapt the last N layers; -1 for all")
+    num_layers: Layers = Field(8, description="adapt the last N layers; -1 for all")
     rank: int = Field(8, ge=1, le=4096, description="LoRA rank")
     alpha: float = Field(32.0, gt=0, description="LoRA scale is alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -110,8 +120,8 @@ class SearchSettings(Section):
     trials: int = Field(12, ge=1)
     budget: str = Field("75%", description="memory for one trial: 8GB, 512MB, or a share of what is free: 75%")
     learning_rate: LearningRateRange = LearningRateRange()
-    rank: tuple[int, ...] = Field((8, 16, 32, 64), min_length=1)
-    num_layers: tuple[int, ...] = Field((4, 8, 16), min_length=1)
+    rank: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field((8, 16, 32, 64), min_length=1)
+    num_layers: tuple[Layers, ...] = Field((4, 8, 16), min_length=1)
     seed: int = Field(0, description="of the sampler")
 
 
@@ -119,7 +129,9 @@ class TrackingSettings(Section):
     """Where MLflow keeps runs."""
 
     uri: str | None = Field(None, description="MLFLOW_TRACKING_URI if set, else SQLite under mlruns/")
-    experiment: str = Field("tunesmith", min_length=1)
+    experiment: str = Field(
+        default_factory=lambda: os.environ.get("MLFLOW_EXPERIMENT_NAME", "tunesmith"), min_length=1
+    )
 
 
 class Settings(Section):
