@@ -69,7 +69,9 @@ def run_trials(
     trials: list[Trial] = []
     wanted = settings.search.trials
     with progress("search", total=wanted) as bar:
-        while _count(trials, "over budget", others=True) < wanted and len(trials) < wanted * PROPOSALS_A_TRIAL:
+        while (
+            _count(trials, "over budget", others=True) < wanted and len(trials) < wanted * PROPOSALS_A_TRIAL
+        ):
             trials.append(_run_trial(study, settings, budget_bytes, price, train))
             if trials[-1].state != "over budget":
                 bar.advance(1, _best_note(trials))

@@ -118,7 +118,9 @@ class SearchSettings(Section):
     """Hyperparameter search: what is varied, how often, in how much memory."""
 
     trials: int = Field(12, ge=1)
-    budget: str = Field("75%", description="memory for one trial: 8GB, 512MB, or a share of what is free: 75%")
+    budget: str = Field(
+        "75%", description="memory for one trial: 8GB, 512MB, or a share of what is free: 75%"
+    )
     learning_rate: LearningRateRange = LearningRateRange()
     rank: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field((8, 16, 32, 64), min_length=1)
     num_layers: tuple[Layers, ...] = Field((4, 8, 16), min_length=1)
@@ -169,7 +171,7 @@ def load_settings(path: Path | None = None, overrides: Sequence[str] = ()) -> Se
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, source paths made absolute; `InputError` with file and line."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give a YAML file such as {EXAMPLE}") from None
     except IsADirectoryError:
@@ -179,7 +181,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+        fault = str(getattr(error, "problem", error))
+        raise InputError(
+            f"{path}{line}: {fault if isinstance(error, _Twice) else f'not YAML: {fault}'}"
+        ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -210,6 +215,22 @@ def describe() -> dict[str, str]:
 
 
 EXAMPLE = "flows/configs/quickstart.yaml"
+
+
+class _Twice(yaml.MarkedYAMLError):
+    """A key stands twice in one mapping."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML where a key that stands twice is an error; PyYAML would take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise _Twice(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> None:

@@ -77,7 +77,9 @@ def _merge(network: nn.Module) -> None:
     from mlx_lm.utils import dequantize_model
 
     merged = [
-        (name, layer.fuse(dequantize=True)) for name, layer in network.named_modules() if hasattr(layer, "fuse")
+        (name, layer.fuse(dequantize=True))
+        for name, layer in network.named_modules()
+        if hasattr(layer, "fuse")
     ]
     network.update_modules(tree_unflatten(merged))
     dequantize_model(network)

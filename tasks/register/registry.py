@@ -114,9 +114,7 @@ def _promote(
     return deserves, reason
 
 
-def _better(
-    version: ModelVersion, champion: ModelVersion | None, evaluation: Evaluation
-) -> tuple[bool, str]:
+def _better(version: ModelVersion, champion: ModelVersion | None, evaluation: Evaluation) -> tuple[bool, str]:
     figures = evaluation.figures()
     tuned = figures["tuned"]["test_loss"]
     if champion is None:

@@ -54,7 +54,9 @@ def write_report(finished: Finished) -> Path:
 
     training = finished.adapter.read_json(TRAINING_FILE)
     environment = Environment(loader=PackageLoader("tasks.report", "."), autoescape=select_autoescape())
-    environment.filters["number"] = lambda value: f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+    environment.filters["number"] = lambda value: (
+        f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+    )
     page = environment.get_template("page.html.jinja").render(
         finished=finished,
         data=finished.data.read_json("report.json"),

@@ -34,7 +34,9 @@ class Batch:
     supervised_tokens: int
 
 
-def epoch_batches(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+def epoch_batches(
+    lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int
+) -> list[NDArray[np.int64]]:
     """The row indices of each batch of one epoch: a function of (seed, epoch) and nothing else.
 
     Rows are shuffled, sorted by length within pools of `POOL_BATCHES` batches, cut into batches

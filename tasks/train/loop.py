@@ -61,8 +61,11 @@ def fit(
     before the first update, every `steps_per_eval` updates and after the last one.
 
     Raises:
-        StepError: a loss or gradient is not finite; the model is left as it was before that step.
+        StepError: no token is supervised, or a loss or gradient is not finite; the model is left
+            as it was before that step.
     """
+    if not train.supervised.any():
+        raise StepError("the training rows have no supervised token: there is nothing to learn")
     started = time.perf_counter()
     mx.reset_peak_memory()
     steps = total_steps(train, settings)

@@ -39,9 +39,7 @@ def estimate_memory(settings: TrainSettings, model: ModelFolder, data: StepOutpu
     """
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
-    hidden, inner, layers = (
-        config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")
-    )
+    hidden, inner, layers = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     heads = config["num_attention_heads"]
     splits = load_splits(data.path)
     longest = max(int(splits[name].lengths.max()) for name in ("train", "valid"))
