@@ -79,7 +79,7 @@ def quickstart(overrides: Overrides | None = None, /) -> None:
 
 @app.command(group=START)
 def doctor(config: Config | None = None, /) -> None:
-    """Check that everything works here: Python, MLX and its speed, memory, disk, MLflow, Prefect, a trial step."""
+    """Check that everything works here: Python, MLX, memory, disk, MLflow, Prefect, data, a trial step."""
     from flows.doctor import diagnose
     from flows.tables import print_check
 
@@ -217,7 +217,7 @@ def _check_budget(settings: Settings) -> None:
 
 @contextmanager
 def _screen(settings: Settings | None = None) -> Iterator[Screen]:
-    """Progress and messages on the terminal; with settings, faulty ones are refused before anything starts."""
+    """Progress and messages on the terminal; faulty settings are refused before anything starts."""
     from flows.display import screen
 
     with screen() as shown:

@@ -13,10 +13,11 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
-from rich.progress import TaskID, TimeRemainingColumn
 from rich.text import Text
 
 from tasks.progress import Bar, show_progress_on

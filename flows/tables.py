@@ -76,7 +76,7 @@ def print_search(console: Console, outcome: SearchOutcome, config: Path) -> None
     """The leaderboard of a search, and the command that finetunes with the best settings."""
     table = _table("trial", "val loss", "learning rate", "rank", "layers", "predicted", "")
     for trial in sorted(outcome.trials, key=lambda trial: (trial.state != "trained", trial.val_loss)):
-        loss = f"{trial.val_loss:.4f}" if trial.state == "trained" else "–"
+        loss = f"{trial.val_loss:.4f}" if trial.state == "trained" else "-"
         values = trial.settings
         table.add_row(
             str(trial.number),

@@ -265,7 +265,7 @@ def _explain(error: ValidationError, path: Path | None) -> str:
 
 
 def _nearest(key: str) -> str:
-    known = {**flatten(Settings()), **{name: None for name in Settings().model_dump(by_alias=True)}}
+    known = {**flatten(Settings()), **dict.fromkeys(Settings().model_dump(by_alias=True))}
     last = key.rsplit(".", 1)[-1]
     by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)

@@ -1,4 +1,4 @@
-"""Fixtures: a home of its own for every test, a tiny random Llama with a tiny tokenizer, Prefect's harness."""
+"""Fixtures: a home of its own for every test, a tiny random Llama and its tokenizer, Prefect's harness."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tasks.prepare.splits import TokenRows
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "'<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 TINY_LLAMA = {

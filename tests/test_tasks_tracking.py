@@ -29,11 +29,16 @@ def test_every_point_and_param_arrives_although_points_are_sent_in_batches() -> 
 def test_a_run_that_ends_early_keeps_its_points_and_says_how_it_ended(
     error: type[BaseException], status: str
 ) -> None:
-    with pytest.raises(error), mlflow_run(Settings(), "a run", {}) as run:
-        run.report(0, {"first": 1.0})
-        run.report(1, {"last": 2.0})
-        raise error
-    stored = run.client.get_run(run.id)
+    def work() -> None:
+        with mlflow_run(Settings(), "a run", {}) as opened:
+            opened.report(0, {"first": 1.0})
+            opened.report(1, {"last": 2.0})
+            raise error
+
+    with pytest.raises(error):
+        work()
+    client, _, experiment = connect(TrackingSettings())
+    [stored] = client.search_runs([experiment])
     assert stored.info.status == status
     assert stored.data.metrics == {"first": 1.0, "last": 2.0}
 
@@ -72,6 +77,6 @@ def test_checking_the_store_leaves_no_run_behind() -> None:
 
 @pytest.mark.slow
 def test_six_processes_may_open_a_fresh_store_at_the_same_time() -> None:
-    program = "from tasks.config import TrackingSettings; from tasks.tracking import connect; connect(TrackingSettings())"
+    program = "from tasks.tracking import *; connect(TrackingSettings())"
     crowd = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(6)]
     assert [process.wait() for process in crowd] == [0] * 6

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from conftest import TINY_LLAMA
 from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.tuner.trainer import default_loss
 
-from conftest import TINY_LLAMA
 from tasks.config import TrainSettings
 from tasks.errors import InputError, StepError
 from tasks.prepare.splits import TokenRows
@@ -140,7 +141,7 @@ def test_learning_rate_warms_up_to_its_peak_and_falls_to_a_tenth_or_stays(schedu
     assert rates[0] == pytest.approx(2e-4)
     assert max(rates) == rates[4] == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(1e-3 if schedule == "constant" else 1e-4)
-    assert all(later <= earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(rates[4:]))
 
 
 def test_saved_adapter_is_read_by_mlx_lm_and_by_us_alike(tmp_path: Path, token_rows: TokenRows) -> None:

@@ -50,19 +50,18 @@ def add_adapter(model: nn.Module, config: dict[str, Any], seed: int) -> None:
     """
     model.freeze()
     linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"])
-    names = sorted(name for name, _ in tree_flatten(model.trainable_parameters()) if name.endswith("lora_a"))
-    shapes = dict(tree_flatten(model.trainable_parameters()))
-    keys = mx.random.split(mx.random.key(seed), len(names))
+    down = {name: array for name, array in adapter_weights(model).items() if name.endswith("lora_a")}
+    keys = mx.random.split(mx.random.key(seed), len(down))
     drawn = []
-    for name, key in zip(names, keys, strict=True):
-        bound = 1 / math.sqrt(shapes[name].shape[-2])
-        drawn.append((name, mx.random.uniform(-bound, bound, shapes[name].shape, key=key)))
+    for (name, array), key in zip(down.items(), keys, strict=True):
+        bound = 1 / math.sqrt(array.shape[-2])
+        drawn.append((name, mx.random.uniform(-bound, bound, array.shape, key=key)))
     model.load_weights(drawn, strict=False)
 
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
     """The trainable arrays by name, in sorted order."""
-    return dict(sorted(tree_flatten(model.trainable_parameters())))
+    return dict(sorted(dict(tree_flatten(model.trainable_parameters())).items()))
 
 
 def count_parameters(weights: dict[str, mx.array]) -> int:

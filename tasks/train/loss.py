@@ -38,7 +38,7 @@ def mean_loss(model: nn.Module, rows: TokenRows, batch_size: int, title: str) ->
         for batch in sorted_batches(rows, batch_size):
             if batch.supervised_tokens:
                 loss = batch_loss(model, batch.inputs, batch.targets, batch.weights)
-                total += loss.item() * batch.supervised_tokens
+                total += float(loss) * batch.supervised_tokens
                 count += batch.supervised_tokens
             bar.advance(len(batch.rows))
     model.train(training)
