@@ -42,12 +42,12 @@ def test_batches_of_neighbouring_lengths_waste_little_padding() -> None:
     assert padded < 1.1 * lengths.sum()
 
 
-def test_collate_shifts_by_one_and_gives_padding_no_weight() -> None:
+def test_collate_shifts_by_one_and_never_supervises_padding() -> None:
     rows = TokenRows.from_rows([([5, 6, 7], [False, False, True]), ([8, 9], [False, True])])
     batch = collate(rows, np.array([0, 1]))
     assert batch.inputs.tolist() == [[5, 6], [8, 9]]
-    assert batch.targets.tolist() == [[6, 7], [9, 0]]
-    assert batch.weights.tolist() == [[0, 1], [1, 0]]
+    assert batch.positions.tolist() == [1, 2]
+    assert batch.targets.tolist() == [7, 9]
     assert batch.supervised_tokens == 2
 
 

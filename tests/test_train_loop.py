@@ -59,7 +59,7 @@ def test_batch_loss_equals_mlx_lms_on_a_batch_without_padding() -> None:
     tokens = np.random.default_rng(0).integers(3, 300, (3, 12))
     rows = TokenRows.from_rows([(row.tolist(), [place >= 5 for place in range(12)]) for row in tokens])
     batch = collate(rows, np.arange(3))
-    ours = batch_loss(network, batch.inputs, batch.targets, batch.weights).item()
+    ours = batch_loss(network, batch).item()
     # mlx-lm's spans are 1-based (offset, length) of the targets and include both ends.
     theirs, count = default_loss(network, mx.array(tokens), mx.array([[5, 11]] * 3))
     assert count.item() == batch.supervised_tokens == 21

@@ -21,17 +21,20 @@ class Batch:
 
     Attributes:
         inputs: (batch, length) int32 token ids.
-        targets: (batch, length) int32, the token that follows each input.
-        weights: (batch, length) float32, 1 where the target is supervised, else 0.
+        positions: (count,) int32, where in the flattened inputs the next token is supervised.
+        targets: (count,) int32, those next tokens.
         rows: the rows' indices in their split.
-        supervised_tokens: the sum of `weights`.
     """
 
     inputs: mx.array
+    positions: mx.array
     targets: mx.array
-    weights: mx.array
     rows: NDArray[np.int64]
-    supervised_tokens: int
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that the batch teaches."""
+        return self.targets.size
 
 
 def epoch_batches(
@@ -79,15 +82,15 @@ def collate(rows: TokenRows, indices: NDArray[np.int64]) -> Batch:
     """Pad the given rows to the longest of them."""
     longest = max(int(rows.lengths[indices].max()), 2)
     tokens = np.zeros((len(indices), longest), dtype=np.int32)
-    supervised = np.zeros((len(indices), longest), dtype=np.float32)
+    supervised = np.zeros((len(indices), longest), dtype=np.bool_)
     for place, index in enumerate(indices):
         row, mask = rows.row(int(index))
         tokens[place, : len(row)] = row
         supervised[place, : len(row)] = mask
+    positions = np.flatnonzero(supervised[:, 1:])
     return Batch(
         inputs=mx.array(tokens[:, :-1]),
-        targets=mx.array(tokens[:, 1:]),
-        weights=mx.array(supervised[:, 1:]),
+        positions=mx.array(positions.astype(np.int32)),
+        targets=mx.array(tokens[:, 1:].reshape(-1)[positions]),
         rows=indices,
-        supervised_tokens=int(supervised[:, 1:].sum()),
     )

@@ -117,7 +117,7 @@ def update(
         mx.random.seed(settings.seed * 1_000_003 + step)
     optimizer.learning_rate = learning_rate_at(step, steps, settings)
     loss_and_grad = nn.value_and_grad(model, partial(batch_loss, model))
-    loss, gradient = loss_and_grad(batch.inputs, batch.targets, batch.weights)
+    loss, gradient = loss_and_grad(batch)
     gradient, norm = optim.clip_grad_norm(gradient, settings.max_grad_norm)
     mx.eval(loss, norm)
     if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):

@@ -10,19 +10,13 @@ import mlx.nn as nn
 from tasks.prepare.splits import TokenRows
 from tasks.progress import progress
 from tasks.train.batches import Batch, sorted_batches
+from tasks.train.supervised import supervised_logits
 
 
-def batch_loss(model: nn.Module, inputs: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Mean cross-entropy in nats over the supervised targets of one batch.
-
-    Args:
-        model: gives logits, (batch, length, vocabulary), for token ids.
-        inputs, targets: (batch, length) int32.
-        weights: (batch, length) float32, 1 where supervised; at least one of them 1.
-    """
-    logits = model(inputs).astype(mx.float32)  # (batch, length, vocabulary)
-    losses = nn.losses.cross_entropy(logits, targets)  # (batch, length)
-    return (losses * weights).sum() / weights.sum()
+def batch_loss(model: nn.Module, batch: Batch) -> mx.array:
+    """Mean cross-entropy in nats over the supervised tokens of one batch, which has at least one."""
+    logits = supervised_logits(model, batch.inputs, batch.positions)  # (count, vocabulary)
+    return nn.losses.cross_entropy(logits, batch.targets, reduction="mean")
 
 
 def mean_loss(model: nn.Module, rows: TokenRows, batch_size: int, title: str) -> float:
@@ -37,7 +31,7 @@ def mean_loss(model: nn.Module, rows: TokenRows, batch_size: int, title: str) ->
     with progress(title, total=len(rows)) as bar:
         for batch in sorted_batches(rows, batch_size):
             if batch.supervised_tokens:
-                loss = batch_loss(model, batch.inputs, batch.targets, batch.weights)
+                loss = batch_loss(model, batch)
                 total += float(loss) * batch.supervised_tokens
                 count += batch.supervised_tokens
             bar.advance(len(batch.rows))

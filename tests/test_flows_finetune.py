@@ -1,0 +1,144 @@
+"""The whole road on a tiny model, through Prefect, into MLflow; and again, reusing what has not changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from flows.finetune import Outcome, finetune, run_name
+from flows.hypersearch import hypersearch
+from tasks.config import Settings, load_settings
+from tasks.errors import StepError
+from tasks.models.folder import ModelFolder
+
+pytestmark = pytest.mark.usefixtures("prefect_harness")
+
+
+@pytest.fixture
+def settings(tiny_model: ModelFolder, tmp_path: Path) -> Settings:
+    """A run of a few steps on 60 rows."""
+    rows = [{"question": f"What is {n} plus {n}?", "answer": f"It is {2 * n}."} for n in range(60)]
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_settings(
+        None,
+        [
+            f"model.source={tiny_model.path}",
+            f"data.source={data}",
+            "train.num_layers=2",
+            "train.max_steps=8",
+            "train.learning_rate=1e-2",
+            "evaluate.samples=2",
+            "evaluate.max_tokens=5",
+        ],
+    )
+
+
+def change(settings: Settings, *overrides: str) -> Settings:
+    given = settings.model_dump(mode="json", by_alias=True)
+    for override in overrides:
+        key, value = override.split("=")
+        section, name = key.split(".")
+        given[section][name] = value
+    return Settings.model_validate(given)
+
+
+def test_one_flow_leaves_a_complete_mlflow_run_an_adapter_and_a_report(settings: Settings) -> None:
+    outcome = finetune(settings)
+    finished = outcome.finished
+    client = finished.run.client
+    stored = client.get_run(finished.run.id)
+    assert stored.info.status == "FINISHED"
+    assert stored.info.run_name == run_name(settings) == "sums-layers2-rank8-lr0.01"
+    assert stored.data.params["train.max_steps"] == "8"
+    assert stored.data.tags["prefect.flow_run_id"]
+    assert {"train_loss", "val_loss", "test_loss", "peak_memory", "base/perplexity", "test/perplexity"} <= set(
+        stored.data.metrics
+    )
+    assert len(client.get_metric_history(finished.run.id, "train_loss")) == 8
+    kept = {path.path for path in client.list_artifacts(finished.run.id)}
+    assert {"adapter", "data", "evaluation.json", "report"} <= kept
+    adapter = {path.path for path in client.list_artifacts(finished.run.id, "adapter")}
+    assert {"adapter/adapters.safetensors", "adapter/adapter_config.json"} <= adapter
+    assert "<svg" in outcome.report.read_text()
+    assert finished.reused() == []
+
+
+def test_fused_model_answers_as_base_and_adapter_do(settings: Settings) -> None:
+    from mlx_lm import load
+
+    finished = finetune(settings).finished
+    assert finished.fused is not None
+    fused, _ = load(str(finished.fused.path))
+    adapted, _ = load(str(finished.model.path), adapter_path=str(finished.adapter.path))
+    base, _ = load(str(finished.model.path))
+    tokens = mx.array([[5, 60, 70, 80]])
+    assert np.allclose(np.array(fused(tokens)), np.array(adapted(tokens)), atol=1e-5)
+    assert not np.allclose(np.array(fused(tokens)), np.array(base(tokens)), atol=1e-3)
+
+
+def reused(outcome: Outcome) -> set[str]:
+    return set(outcome.finished.reused())
+
+
+def test_a_second_run_repeats_only_what_a_change_reaches(settings: Settings) -> None:
+    first = finetune(settings)
+    again = finetune(settings)
+    assert reused(again) == {"prepare", "train", "evaluate", "fuse", "register"}
+    points = again.finished.run.client.get_metric_history(again.finished.run.id, "train_loss")
+    assert len(points) == 8, "a reused training brings its curve to the new run"
+    assert first.finished.run.id != again.finished.run.id
+    assert reused(finetune(change(settings, "evaluate.max_tokens=6"))) == {
+        "prepare", "train", "fuse", "register",
+    }  # fmt: skip
+    assert reused(finetune(change(settings, "train.max_steps=9"))) == {"prepare"}
+    assert reused(finetune(change(settings, "data.seed=1"))) == set()
+
+
+def test_a_fused_model_that_is_not_the_adapter_is_not_published(
+    settings: Settings, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.fuse import merge
+
+    def forget_the_adapter(network: object) -> None:
+        from mlx.utils import tree_unflatten
+
+        named = network.named_modules()  # type: ignore[attr-defined]
+        plain = [(name, layer.linear) for name, layer in named if hasattr(layer, "fuse")]
+        network.update_modules(tree_unflatten(plain))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(merge, "_merge", forget_the_adapter)
+    with pytest.raises(StepError, match="over fuse.tolerance"):
+        finetune(settings)
+    assert list((home / "steps" / "fuse").iterdir()) == []
+
+
+def test_a_search_nests_its_trials_and_never_starts_what_is_over_the_budget(settings: Settings) -> None:
+    wanted = change(settings, "search.trials=3", "search.budget=1GB")
+    wanted = wanted.model_copy(
+        update={"search": wanted.search.model_copy(update={"num_layers": (1, 2), "rank": (2, 100_000_000)})}
+    )
+    outcome = hypersearch(wanted)
+    states = [trial.state for trial in outcome.trials]
+    assert states.count("trained") == 3
+    assert all((t.state == "over budget") == (t.settings.rank > 2) for t in outcome.trials)
+    client = outcome.run.client
+    nested = client.search_runs(
+        [outcome.run.experiment_id], f"tags.`mlflow.parentRunId` = '{outcome.run.id}'"
+    )
+    assert len(nested) == 3
+    assert {run.data.tags["optuna.study"] for run in nested} == {outcome.study}
+    assert outcome.best is not None
+    best = next(run for run in nested if run.data.tags["optuna.trial"] == str(outcome.best.number))
+    assert best.data.metrics["best_val_loss"] == outcome.best.val_loss
+
+
+def test_a_trial_equals_the_same_settings_trained_alone(settings: Settings) -> None:
+    wanted = change(settings, "search.trials=1")
+    trial = hypersearch(wanted).trials[0]
+    alone = finetune(wanted.model_copy(update={"train": trial.settings}))
+    assert "train" in reused(alone)
