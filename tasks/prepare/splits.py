@@ -55,7 +55,7 @@ class TokenRows:
 
 def save_splits(folder: Path, splits: dict[str, TokenRows]) -> None:
     """Write `tokens.safetensors` with `<split>.tokens`, `<split>.offsets` and `<split>.supervised`."""
-    arrays = {}
+    arrays: dict[str, NDArray[np.generic]] = {}
     for name, rows in splits.items():
         arrays[f"{name}.tokens"] = rows.tokens
         arrays[f"{name}.offsets"] = rows.offsets
