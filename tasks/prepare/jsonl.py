@@ -34,7 +34,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
 
 def _decode(line: bytes, first: bool) -> str:
     try:
-        return line.decode("utf-8-sig" if first else "utf-8")
+        return line.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise BadRowError(f"not UTF-8 at byte {error.start + 1} of the line; save as UTF-8") from None
 
