@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,21 @@ def test_tokens_and_texts_of_a_split_are_the_same_rows(tmp_path: Path, model: Mo
             assert learnt == loaded["messages"][-1]["content"] + "<|im_end|>"
             prompt = encode_prompt(tokenizer, loaded["messages"])
             assert ids[: len(prompt)].tolist() == prompt
+
+
+def test_mlx_lm_takes_the_folder_as_it_is(tmp_path: Path, model: ModelFolder) -> None:
+    from mlx_lm.tuner.datasets import load_local_dataset
+
+    output = prepare_data(DataSettings(source=write(tmp_path / "rows.jsonl", numbered(60))), model)
+    config = types.SimpleNamespace(mask_prompt=True)
+    tokens = load_splits(output.path)
+    for split, theirs in zip(
+        SPLITS, load_local_dataset(output.path, load_tokenizer(model.path), config), strict=True
+    ):
+        assert len(theirs) == len(tokens[split])
+        for index in range(len(theirs)):
+            ids, supervised = tokens[split].row(index)
+            assert theirs.process(theirs[index]) == (ids.tolist(), int(supervised.argmax()))
 
 
 def test_the_report_says_what_will_be_learnt(tmp_path: Path, model: ModelFolder) -> None:

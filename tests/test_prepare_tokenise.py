@@ -195,6 +195,20 @@ def test_what_follows_the_generation_prompt_is_learnt() -> None:
     ]
 
 
+def test_a_heading_is_not_learnt_though_the_template_knows_no_generation_prompt() -> None:
+    tokenizer = byte_level(CHATML.split("{% if add_generation_prompt")[0])
+    [(ids, mask)] = ChatEncoder(tokenizer).rows([chat("a", "b")])
+    assert supervised_texts(tokenizer, ids, mask) == ["b<|im_end|>"]
+
+
+def test_a_tokenizer_saved_with_truncation_and_padding_cuts_and_pads_nothing(encoder: ChatEncoder) -> None:
+    tokenizer = byte_level(CHATML)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    messages = chat("hello world", "Return a copy of the text")
+    assert ChatEncoder(tokenizer).rows([messages]) == encoder.rows([messages])
+
+
 def test_a_template_that_rewrites_a_text_is_refused() -> None:
     added = [AddedToken("<think>", special=False), AddedToken("</think>", special=False)]
     encoder = ChatEncoder(byte_level(THINK, added))

@@ -42,9 +42,11 @@ def prepare_data(data: DataSettings, model: ModelFolder) -> StepOutput:
             used, or fewer than three rows are left. Nothing is published then.
     """
     check_source(data)
+    with progress("looking at the rows"):
+        source = source_inputs(data.source)
     inputs = {
         "data": data.model_dump(mode="json", exclude={"source"}),
-        "source": source_inputs(data.source),
+        "source": source,
         "tokenizer": tokenizer_digest(model.path),
     }
     return run_step("prepare", inputs, lambda folder: _make(folder, data, model))
@@ -82,7 +84,7 @@ def _make(folder: Path, data: DataSettings, model: ModelFolder) -> None:
     save_splits(folder, splits)
     write_jsonl(folder / "rejected.jsonl", map(_rejected, unused))
     report = data_report(data, done.rows, unused, splits)
-    report |= {"rows_moved_to_fill_a_split": moved, "template": encoder.template.name, "model": model.name}
+    report |= {"rows_moved_to_fill_a_split": moved, "template": encoder.template.name}
     shown = [sample(done.rows[i], encoder, *done.tokens[i]) for i in places["train"][:SAMPLES]]
     write_json(folder / "report.json", {**report, "samples": shown})
     log.info("prepare: %d rows read, %d used", len(read), len(done.rows))

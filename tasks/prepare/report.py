@@ -6,6 +6,7 @@ import itertools
 import platform
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def data_report(
     sizes = {name: _tokens(rows) for name, rows in splits.items()}
     lengths = np.concatenate([rows.lengths for rows in splits.values()])
     report = {
-        "source": data.source,
+        "source": Path(data.source).name,
         "rows_read": len(used) + len(unused),
         "rows_used": len(used),
         "duplicates": reasons["duplicate"],

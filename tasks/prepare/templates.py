@@ -55,10 +55,12 @@ class Skeleton:
 
     Attributes:
         pieces: in order; put together they are the rendered chat.
+        literals: what stands before, between and after the turns.
         tail: an end-of-turn token the template leaves out after the last answer, else empty.
     """
 
     pieces: tuple[Piece, ...]
+    literals: tuple[str, ...]
     tail: str
 
 
@@ -92,7 +94,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 chat_template=self._source,
             )
-        except (jinja2.TemplateError, TypeError, IndexError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise TemplateError(f"the chat template refuses it: {error}") from None
         return str(text)
 
@@ -116,8 +118,7 @@ class ChatTemplate:
         """
         skeleton = self.skeleton([turn["role"] for turn in messages])
         rendered = self.render(messages) + skeleton.tail
-        literals = [*PLACEHOLDER.split("".join(piece.text for piece in skeleton.pieces))[::2]]
-        texts = iter(_fill(rendered, literals, skeleton, messages))
+        texts = _fill(rendered, skeleton, messages)
         for piece in skeleton.pieces:
             if piece.turn is None:
                 yield piece
@@ -137,7 +138,8 @@ class ChatTemplate:
             for turn, role in enumerate(roles)
             if role == "assistant"
         ]
-        return Skeleton(tuple(self._cut(rendered, answers)), tail)
+        literals = PLACEHOLDER.split(rendered)[::2]
+        return Skeleton(tuple(self._cut(rendered, answers)), tuple(literals), tail)
 
     def _missing_end(self, roles: tuple[str, ...], rendered: str, found: dict[int, tuple[int, int]]) -> str:
         """The end-of-sequence token where the template puts no control token after the last answer."""
@@ -206,12 +208,14 @@ class _Controls:
         return [one for one in found if one[2] in self._special or not special]
 
 
-def _fill(rendered: str, literals: list[str], skeleton: Skeleton, messages: Messages) -> Iterator[str]:
+def _fill(rendered: str, skeleton: Skeleton, messages: Messages) -> Iterator[str]:
+    """The text of each turn as rendered, in the template's order: as given, or without outer blanks."""
     turns = [piece.turn for piece in skeleton.pieces if piece.turn is not None]
-    place = len(literals[0])
-    if not rendered.startswith(literals[0]):
+    first, *others = skeleton.literals
+    place = len(first)
+    if not rendered.startswith(first):
         raise TemplateError(CHANGED)
-    for turn, literal in zip(turns, literals[1:], strict=True):
+    for turn, literal in zip(turns, others, strict=True):
         text = messages[turn]["content"]
         for candidate in (text, text.strip()):
             if rendered.startswith(candidate + literal, place):
