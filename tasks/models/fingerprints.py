@@ -14,7 +14,14 @@ from tasks.progress import progress
 from tasks.publish import fingerprint
 
 # What decides the numbers a model computes and the tokens it reads.
-CONTENT = ("config.json", "generation_config.json", "tokenizer*", "*.safetensors", "*.jinja")
+CONTENT = (
+    "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    "tokenizer*",
+    "*.safetensors",
+    "*.jinja",
+)
 EXTRA = (
     "special_tokens_map.json",
     "added_tokens.json",

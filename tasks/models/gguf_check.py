@@ -14,12 +14,14 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tasks.errors import InputError
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
+
+Value = TypeVar("Value", int, float, str, bool, list[Any])
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -44,11 +46,21 @@ class GgufFile:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, ReaderTensor]
 
-    def need(self, key: str) -> Any:
-        """The metadata value under `key`; `InputError` when the file has none."""
-        if key not in self.metadata:
+    def need(self, key: str, kind: type[Value]) -> Value:
+        """The metadata value under `key`; `InputError` when the file has none, or one of another kind."""
+        value = self.maybe(key, kind)
+        if value is None:
             raise InputError(f"{self.path}: has no metadata '{key}'; convert the model to GGUF again")
-        return self.metadata[key]
+        return value
+
+    def maybe(self, key: str, kind: type[Value]) -> Value | None:
+        """The metadata value under `key`, None when the file has none; `InputError` for another kind."""
+        value = self.metadata.get(key)
+        if kind is float and isinstance(value, int):
+            value = float(value)
+        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise InputError(f"{self.path}: {key} = {str(value)[:60]!r}, expected one {kind.__name__}")
+        return value
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from tasks.errors import InputError
@@ -35,6 +34,8 @@ WITHOUT_EQUIVALENT = {
     "rope.scaling.yarn_attn_factor": 1,
     "rope.scaling.yarn_log_multiplier": 0,
 }
+# No size of a language model is larger; a damaged one may be.
+LARGEST = 1 << 24
 # Llama 3.1's and 3.2's own rope scaling; the factor itself is read from the tensor.
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
 
@@ -55,14 +56,14 @@ def model_config(gguf: GgufFile) -> dict[str, Any]:
         "model_type": model_type,
         "hidden_size": hidden,
         "intermediate_size": _whole(gguf, f"{arch}.feed_forward_length"),
-        "num_hidden_layers": _whole(gguf, f"{arch}.block_count"),
+        "num_hidden_layers": _layers(gguf, arch),
         "num_attention_heads": heads,
         "num_key_value_heads": _whole(gguf, f"{arch}.attention.head_count_kv", heads),
         "head_dim": _head_dim(gguf, arch, hidden, heads),
-        "rms_norm_eps": float(gguf.need(f"{arch}.attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": gguf.need(f"{arch}.attention.layer_norm_rms_epsilon", float),
         "max_position_embeddings": context,
         "vocab_size": _vocab_size(gguf),
-        "rope_theta": float(gguf.metadata.get(f"{arch}.rope.freq_base", 10000.0)),
+        "rope_theta": _rope_base(gguf, arch),
         "rope_scaling": _rope_scaling(gguf, arch),
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
         "hidden_act": "silu",
@@ -76,30 +77,42 @@ def model_config(gguf: GgufFile) -> dict[str, Any]:
 
 def architecture(gguf: GgufFile) -> str:
     """The GGUF architecture, if it is a supported one; else `InputError`."""
-    arch = gguf.need("general.architecture")
+    arch = gguf.need("general.architecture", str)
     if arch not in ARCHITECTURES:
         raise InputError(
             f"{gguf.path}: architecture '{arch}' cannot be imported from GGUF; supported are "
             f"{', '.join(ARCHITECTURES)} (Mistral is 'llama'). Give the model's hub name or folder instead"
         )
-    return str(arch)
+    return arch
 
 
 def special_ids(gguf: GgufFile) -> dict[str, Any]:
     """`bos_token_id`, `pad_token_id` and `eos_token_id` (a list when several tokens end a turn)."""
-    found = {
-        name: gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        for name, key in (("bos_token_id", "bos"), ("pad_token_id", "padding"))
-    }
-    ends = [gguf.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    ends = (token_id(gguf, key) for key in ("eos", "eot", "eom"))
     ids = list(dict.fromkeys(end for end in ends if end is not None))
-    found["eos_token_id"] = (ids[0] if len(ids) == 1 else ids) if ids else None
+    found: dict[str, Any] = {
+        "bos_token_id": token_id(gguf, "bos"),
+        "pad_token_id": token_id(gguf, "padding"),
+        "eos_token_id": (ids[0] if len(ids) == 1 else ids) if ids else None,
+    }
     return {name: value for name, value in found.items() if value is not None}
 
 
+def token_id(gguf: GgufFile, key: str) -> int | None:
+    """`tokenizer.ggml.<key>_token_id`, None when the file has none; `InputError` beyond the vocabulary."""
+    index = gguf.maybe(f"tokenizer.ggml.{key}_token_id", int)
+    count = len(gguf.need("tokenizer.ggml.tokens", list))
+    if index is not None and not 0 <= index < count:
+        raise InputError(
+            f"{gguf.path}: tokenizer.ggml.{key}_token_id = {index} of {count} tokens; "
+            "convert the model to GGUF again"
+        )
+    return index
+
+
 def _refuse_without_equivalent(gguf: GgufFile, arch: str) -> None:
-    context = gguf.metadata.get(f"{arch}.context_length", 0)
-    window = gguf.metadata.get(f"{arch}.attention.sliding_window", 0)
+    context = gguf.need(f"{arch}.context_length", int)
+    window = gguf.maybe(f"{arch}.attention.sliding_window", int) or 0
     faults = [
         f"{arch}.{key} = {gguf.metadata[f'{arch}.{key}']}"
         for key, neutral in WITHOUT_EQUIVALENT.items()
@@ -115,16 +128,35 @@ def _refuse_without_equivalent(gguf: GgufFile, arch: str) -> None:
 
 
 def _whole(gguf: GgufFile, key: str, default: int | None = None) -> int:
-    value = gguf.need(key) if default is None else gguf.metadata.get(key, default)
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"{gguf.path}: {key} = {value!r}, expected one positive whole number")
+    value = gguf.maybe(key, int)
+    value = default if value is None else value
+    if value is None:
+        raise InputError(f"{gguf.path}: has no metadata '{key}'; convert the model to GGUF again")
+    if not 1 <= value <= LARGEST:
+        raise InputError(f"{gguf.path}: {key} = {value}, expected 1 to {LARGEST:,}; fetch the file again")
     return value
 
 
+def _layers(gguf: GgufFile, arch: str) -> int:
+    layers = _whole(gguf, f"{arch}.block_count")
+    found = {name.split(".")[1] for name in gguf.tensors if name.startswith("blk.")}
+    if len(found) != layers:
+        raise InputError(
+            f"{gguf.path}: {arch}.block_count = {layers}, but the file has tensors of {len(found)} blocks; "
+            "for a model split over several files, merge them first with llama-gguf-split"
+        )
+    return layers
+
+
+def _rope_base(gguf: GgufFile, arch: str) -> float:
+    # llama.cpp's default where the file is silent.
+    return gguf.maybe(f"{arch}.rope.freq_base", float) or 10000.0
+
+
 def _head_dim(gguf: GgufFile, arch: str, hidden: int, heads: int) -> int:
-    rotated = gguf.metadata.get(f"{arch}.rope.dimension_count")
+    rotated = gguf.maybe(f"{arch}.rope.dimension_count", int)
     head_dim = _whole(gguf, f"{arch}.attention.key_length", rotated or hidden // heads)
-    value_length = gguf.metadata.get(f"{arch}.attention.value_length", head_dim)
+    value_length = _whole(gguf, f"{arch}.attention.value_length", head_dim)
     faults = []
     if rotated not in (None, head_dim):
         faults.append(f"rotates {rotated} of {head_dim} dimensions of a head")
@@ -142,31 +174,29 @@ def _head_dim(gguf: GgufFile, arch: str, hidden: int, heads: int) -> int:
 
 def _vocab_size(gguf: GgufFile) -> int:
     embedding = gguf.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise InputError(f"{gguf.path}: has no tensor token_embd.weight; convert the model to GGUF again")
+    if embedding is None or len(embedding.shape) != 2:
+        raise InputError(f"{gguf.path}: has no table token_embd.weight; convert the model to GGUF again")
     return int(embedding.shape[1])
 
 
 def _rope_scaling(gguf: GgufFile, arch: str) -> dict[str, Any] | None:
-    metadata: Mapping[str, Any] = gguf.metadata
-    kind = metadata.get(f"{arch}.rope.scaling.type", "none")
-    factor = metadata.get(f"{arch}.rope.scaling.factor", metadata.get(f"{arch}.rope.scale_linear", 1.0))
+    older = gguf.maybe(f"{arch}.rope.scale_linear", float)
+    kind = gguf.maybe(f"{arch}.rope.scaling.type", str) or ("linear" if older else "none")
+    factor = gguf.maybe(f"{arch}.rope.scaling.factor", float) or older or 1.0
     if "rope_freqs.weight" in gguf.tensors:
         if kind != "none":
             raise InputError(f"{gguf.path}: has both rope_freqs.weight and {arch}.rope.scaling.type = {kind}")
         return _llama3_scaling(gguf, arch)
-    if kind == "none" and f"{arch}.rope.scale_linear" in metadata:
-        kind = "linear"
     if kind == "none" or (kind == "linear" and factor == 1):
         return None
     if kind == "linear":
-        return {"rope_type": "linear", "type": "linear", "factor": float(factor)}
+        return {"rope_type": "linear", "type": "linear", "factor": factor}
     if kind == "yarn":
         original = _whole(gguf, f"{arch}.rope.scaling.original_context_length")
         return {
             "rope_type": "yarn",
             "type": "yarn",
-            "factor": float(factor),
+            "factor": factor,
             "original_max_position_embeddings": original,
         }
     raise InputError(
@@ -182,7 +212,7 @@ def _llama3_scaling(gguf: GgufFile, arch: str) -> dict[str, Any] | None:
     factor = float(factors.max())
     if np.all(factors == 1):
         return None
-    base = float(gguf.metadata.get(f"{arch}.rope.freq_base", 10000.0))
+    base = _rope_base(gguf, arch)
     expected = llama3_factors(len(factors) * 2, base, factor)
     if not np.allclose(factors, expected, rtol=1e-4):
         raise InputError(

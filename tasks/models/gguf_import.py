@@ -67,7 +67,10 @@ def _write_folder(gguf: GgufFile, folder: Path, name: str, precision: Precision)
 
 def _check_fits(gguf: GgufFile, config: Mapping[str, Any]) -> None:
     """Hold names and shapes of the tensors to the model mlx_lm builds from the config."""
-    expected = _expected_shapes(config)
+    try:
+        expected = _expected_shapes(config)
+    except (OverflowError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{gguf.path}: the metadata describes no possible model ({error})") from None
     found = {
         name: tuple(map(int, reversed(gguf.tensors[source].shape)))
         for source, name in weight_names(gguf).items()

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from tasks.errors import InputError
 from tasks.models.gguf_check import GgufFile
+from tasks.models.gguf_config import token_id
 from tasks.publish import write_json
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -47,7 +48,7 @@ def save_tokenizer(gguf: GgufFile, folder: Path, max_length_tokens: int) -> None
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         if (token := _special(gguf, key)) is not None:
             settings[f"{name}_token"] = token
-    if template := gguf.metadata.get("tokenizer.chat_template"):
+    if template := gguf.maybe("tokenizer.chat_template", str):
         settings["chat_template"] = template
     write_json(folder / "tokenizer_config.json", settings)
 
@@ -55,11 +56,11 @@ def save_tokenizer(gguf: GgufFile, folder: Path, max_length_tokens: int) -> None
 def build_tokenizer(gguf: GgufFile) -> Tokenizer:
     """The tokenizer of a GGUF file; control tokens are special, user-defined ones are matched as text."""
     rule = _rule(gguf)
-    tokens = gguf.need("tokenizer.ggml.tokens")
+    tokens = _texts(gguf, "tokenizer.ggml.tokens")
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise InputError(f"{gguf.path}: {len(tokens) - len(vocabulary)} tokens occur twice")
-    merges = [_pair(gguf, merge) for merge in gguf.need("tokenizer.ggml.merges")]
+    merges = [_pair(gguf, merge) for merge in _texts(gguf, "tokenizer.ggml.merges")]
     whole = rule in WHOLE_PIECES_FIRST
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole))
@@ -75,19 +76,26 @@ def build_tokenizer(gguf: GgufFile) -> Tokenizer:
 
 
 def _rule(gguf: GgufFile) -> str:
-    kind = gguf.need("tokenizer.ggml.model")
+    kind = gguf.need("tokenizer.ggml.model", str)
     if kind != "gpt2":
         raise InputError(
             f"{gguf.path}: tokenizer '{kind}' cannot be rebuilt exactly from GGUF; supported is 'gpt2' "
             "(byte-level BPE). Give the model's hub name or folder instead"
         )
-    rule = gguf.need("tokenizer.ggml.pre")
+    rule = gguf.need("tokenizer.ggml.pre", str)
     if rule not in SPLITS:
         raise InputError(
             f"{gguf.path}: tokenizer.ggml.pre = '{rule}' is not a known splitting rule; supported are "
             f"{', '.join(SPLITS)}. Give the model's hub name or folder instead"
         )
-    return str(rule)
+    return rule
+
+
+def _texts(gguf: GgufFile, key: str) -> list[str]:
+    values = gguf.need(key, list)
+    if not all(isinstance(value, str) for value in values):
+        raise InputError(f"{gguf.path}: {key} holds more than text; convert the model to GGUF again")
+    return values
 
 
 def _pair(gguf: GgufFile, merge: str) -> tuple[str, str]:
@@ -98,7 +106,7 @@ def _pair(gguf: GgufFile, merge: str) -> tuple[str, str]:
 
 
 def _add_tokens(tokenizer: Tokenizer, gguf: GgufFile, tokens: list[str]) -> None:
-    kinds = gguf.metadata.get("tokenizer.ggml.token_type", [])
+    kinds = gguf.maybe("tokenizer.ggml.token_type", list) or []
     if kinds and len(kinds) != len(tokens):
         raise InputError(f"{gguf.path}: {len(tokens)} tokens but {len(kinds)} token types")
     marked = [(token, kind) for token, kind in zip(tokens, kinds, strict=False) if kind in MATCHED]
@@ -117,12 +125,12 @@ MATCHED = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
 def _frame(gguf: GgufFile) -> processors.PostProcessor:
     bytes_back = processors.ByteLevel(trim_offsets=False)
     bos = _special(gguf, "bos") if _adds_bos(gguf) else None
-    eos = _special(gguf, "eos") if gguf.metadata.get("tokenizer.ggml.add_eos_token") else None
+    eos = _special(gguf, "eos") if gguf.maybe("tokenizer.ggml.add_eos_token", bool) else None
     if bos is None and eos is None:
         return bytes_back
     single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
     pair = [*single, *([f"{bos}:1"] if bos else []), "$B:1", *([f"{eos}:1"] if eos else [])]
-    vocabulary = gguf.need("tokenizer.ggml.tokens")
+    vocabulary = _texts(gguf, "tokenizer.ggml.tokens")
     ids = [(token, vocabulary.index(token)) for token in dict.fromkeys((bos, eos)) if token]
     return processors.Sequence(
         [bytes_back, processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)]
@@ -130,15 +138,10 @@ def _frame(gguf: GgufFile) -> processors.PostProcessor:
 
 
 def _adds_bos(gguf: GgufFile) -> bool:
-    by_rule = gguf.metadata.get("tokenizer.ggml.pre") in STARTS_WITH_BOS
-    return bool(gguf.metadata.get("tokenizer.ggml.add_bos_token", by_rule))
+    said = gguf.maybe("tokenizer.ggml.add_bos_token", bool)
+    return _rule(gguf) in STARTS_WITH_BOS if said is None else said
 
 
 def _special(gguf: GgufFile, key: str) -> str | None:
-    index = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
-    if index is None:
-        return None
-    tokens = gguf.need("tokenizer.ggml.tokens")
-    if index >= len(tokens):
-        raise InputError(f"{gguf.path}: tokenizer.ggml.{key}_token_id = {index} of {len(tokens)} tokens")
-    return str(tokens[index])
+    index = token_id(gguf, key)
+    return None if index is None else _texts(gguf, "tokenizer.ggml.tokens")[index]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from tasks.errors import InputError
 from tasks.models.device import on_gpu
 from tasks.models.mlx_lm_import import import_mlx_lm
-from tasks.models.safety import check_safetensors, read_config, refuse_custom_code
+from tasks.models.safety import check_folder, check_safetensors
 
 if TYPE_CHECKING:
     from mlx.nn.layers.base import Module
@@ -48,11 +48,10 @@ def load_model(folder: Path, adapter: Path | None = None) -> LoadedModel:
     Raises:
         InputError: the model needs code of its own, mlx_lm does not know it, or the adapter does not fit.
     """
-    refuse_custom_code(folder, read_config(folder))
+    check_folder(folder)
     import_mlx_lm()
     import mlx.core as mx
     from mlx_lm.utils import load_model as mlx_lm_load_model
-    from mlx_lm.utils import load_tokenizer
 
     try:
         model, config = mlx_lm_load_model(folder, lazy=True, strict=True, trust_remote_code=False)
@@ -64,9 +63,18 @@ def load_model(folder: Path, adapter: Path | None = None) -> LoadedModel:
         _add_adapter(model, adapter)
     model.eval()
     mx.eval(model.parameters())
-    read_tokenizer: Callable[..., TokenizerWrapper] = load_tokenizer
-    tokenizer = read_tokenizer(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
+    tokenizer = _load_tokenizer(folder, config)
     return LoadedModel(model, tokenizer, config)
+
+
+def _load_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    from mlx_lm.utils import load_tokenizer
+
+    read: Callable[..., TokenizerWrapper] = load_tokenizer
+    try:
+        return read(folder, {"trust_remote_code": False}, config.get("eos_token_id"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{folder}: transformers cannot load this tokenizer: {error}") from None
 
 
 def _as_float32(model: Module, config: dict[str, Any]) -> tuple[Module, dict[str, Any]]:

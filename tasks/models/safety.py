@@ -39,15 +39,10 @@ def check_folder(folder: Path) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a model folder; `InputError` when it is missing or not an object."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder}: has no config.json; give a folder in MLX or Hugging Face layout"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); {FETCH_AGAIN}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    if not path.is_file():
+        raise InputError(f"{folder}: has no config.json; give a folder in MLX or Hugging Face layout")
+    config = _read_json(path)
+    if not isinstance(config.get("model_type"), str):
         raise InputError(f"{path}: names no model_type; give a language model's folder")
     return config
 
@@ -60,11 +55,9 @@ def refuse_custom_code(folder: Path, config: dict[str, Any]) -> None:
             "use a model whose model_type mlx_lm knows"
         )
     tokenizer = folder / "tokenizer_config.json"
-    settings = json.loads(tokenizer.read_text(encoding="utf-8")) if tokenizer.is_file() else {}
+    settings = _read_json(tokenizer) if tokenizer.is_file() else {}
     for path, values in ((folder / "config.json", config), (tokenizer, settings)):
-        automatic = values.get("auto_map") if isinstance(values, dict) else None
-        needed = _needs_code(automatic, folder)
-        if needed:
+        if needed := _needs_code(values.get("auto_map"), folder):
             raise InputError(
                 f"{path}: auto_map = {needed!r} asks to run code from the model; "
                 "use a version of it without custom code (with tokenizer.json)"
@@ -88,6 +81,16 @@ def check_safetensors(path: Path) -> None:
             file.keys()
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: malformed safetensors ({error}); {FETCH_AGAIN}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); {FETCH_AGAIN}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds a {type(values).__name__}, expected an object; {FETCH_AGAIN}")
+    return values
 
 
 def _needs_code(automatic: Any, folder: Path) -> str | None:
