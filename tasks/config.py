@@ -7,14 +7,24 @@ overrides; every mistake in either is an `InputError` that names the key and the
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tasks.errors import InputError
+
+
+def _some_layers(count: int) -> int:
+    if count == 0 or count < -1:
+        raise ValueError("give a number of layers from 1 up, or -1 for all of them")
+    return count
+
+
+Layers = Annotated[int, AfterValidator(_some_layers)]
 
 
 class Section(BaseModel):
@@ -50,7 +60,7 @@ class DataSettings(Section):
 class TrainSettings(Section):
     """The training loop."""
 
-    num_layers: int = Field(8, ge=-1, description="adapt the last N layers; -1 for all")
+    num_layers: Layers = Field(8, description="adapt the last N layers; -1 for all")
     rank: int = Field(8, ge=1, le=4096, description="LoRA rank")
     alpha: float = Field(32.0, gt=0, description="LoRA scale is alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -108,10 +118,12 @@ class SearchSettings(Section):
     """Hyperparameter search: what is varied, how often, in how much memory."""
 
     trials: int = Field(12, ge=1)
-    budget: str = Field("75%", description="memory for one trial: 8GB, 512MB, or a share of what is free: 75%")
+    budget: str = Field(
+        "75%", description="memory for one trial: 8GB, 512MB, or a share of what is free: 75%"
+    )
     learning_rate: LearningRateRange = LearningRateRange()
-    rank: tuple[int, ...] = Field((8, 16, 32, 64), min_length=1)
-    num_layers: tuple[int, ...] = Field((4, 8, 16), min_length=1)
+    rank: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field((8, 16, 32, 64), min_length=1)
+    num_layers: tuple[Layers, ...] = Field((4, 8, 16), min_length=1)
     seed: int = Field(0, description="of the sampler")
 
 
@@ -119,7 +131,9 @@ class TrackingSettings(Section):
     """Where MLflow keeps runs."""
 
     uri: str | None = Field(None, description="MLFLOW_TRACKING_URI if set, else SQLite under mlruns/")
-    experiment: str = Field("tunesmith", min_length=1)
+    experiment: str = Field(
+        default_factory=lambda: os.environ.get("MLFLOW_EXPERIMENT_NAME", "tunesmith"), min_length=1
+    )
 
 
 class Settings(Section):
@@ -157,7 +171,7 @@ def load_settings(path: Path | None = None, overrides: Sequence[str] = ()) -> Se
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, source paths made absolute; `InputError` with file and line."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give a YAML file such as {EXAMPLE}") from None
     except IsADirectoryError:
@@ -167,7 +181,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+        fault = str(getattr(error, "problem", error))
+        raise InputError(
+            f"{path}{line}: {fault if isinstance(error, _Twice) else f'not YAML: {fault}'}"
+        ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -198,6 +215,22 @@ def describe() -> dict[str, str]:
 
 
 EXAMPLE = "flows/configs/quickstart.yaml"
+
+
+class _Twice(yaml.MarkedYAMLError):
+    """A key stands twice in one mapping."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML where a key that stands twice is an error; PyYAML would take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise _Twice(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _lay_over(tree: dict[str, Any], override: str) -> None:
@@ -232,7 +265,7 @@ def _explain(error: ValidationError, path: Path | None) -> str:
 
 
 def _nearest(key: str) -> str:
-    known = {**flatten(Settings()), **{name: None for name in Settings().model_dump(by_alias=True)}}
+    known = {**flatten(Settings()), **dict.fromkeys(Settings().model_dump(by_alias=True))}
     last = key.rsplit(".", 1)[-1]
     by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)

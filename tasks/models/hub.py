@@ -1,0 +1,47 @@
+"""Models from the Hugging Face hub: weights, config and tokenizer, never code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tasks.errors import InputError
+
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt"]
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether `source` has the form owner/name."""
+    return NAME.fullmatch(source) is not None
+
+
+def download_model(repo: str, revision: str | None) -> Path:
+    """The local snapshot of a hub model, downloaded where it is not there already.
+
+    Raises:
+        InputError: the hub cannot be reached, or knows no such model or revision.
+    """
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    at = f" at revision '{revision}'" if revision else ""
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
+    except LocalEntryNotFoundError:
+        raise InputError(
+            f"model.source = '{repo}'{at}: is not a path here, is not in the local hub cache, and the hub "
+            "cannot be reached; go online once, or give the path of a folder or .gguf file"
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model.source = '{repo}'{at}: the hub refuses it ({reason}); check the name and model.revision, "
+            "and for a gated model run 'hf auth login'"
+        ) from None
+    except (httpx.HTTPError, OSError) as error:
+        raise InputError(
+            f"model.source = '{repo}'{at}: cannot be downloaded ({error}); go online, or give the path of a "
+            "folder or .gguf file"
+        ) from None

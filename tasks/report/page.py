@@ -1,0 +1,104 @@
+"""One self-contained HTML page a run: data, settings, loss curve, figures and samples."""
+
+from __future__ import annotations
+
+import io
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.config import Settings, changed, flatten
+from tasks.evaluate.side_by_side import Evaluation
+from tasks.home import runs_dir
+from tasks.models.folder import ModelFolder
+from tasks.publish import StepOutput
+from tasks.register.registry import Registration
+from tasks.tracking import Run
+from tasks.train.step import TRAINING_FILE
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Everything a finished run has to tell.
+
+    `fused` and `registration` are None when their sections are disabled.
+    """
+
+    name: str
+    settings: Settings
+    model: ModelFolder
+    data: StepOutput
+    adapter: StepOutput
+    evaluation: Evaluation
+    fused: StepOutput | None
+    registration: Registration | None
+    run: Run
+
+    def reused(self) -> list[str]:
+        """The steps that found their output already made."""
+        steps = {
+            "prepare": self.data.reused,
+            "train": self.adapter.reused,
+            "evaluate": self.evaluation.reused,
+            "fuse": self.fused is not None and self.fused.reused,
+            "register": self.registration is not None and self.registration.reused,
+        }
+        return [name for name, again in steps.items() if again]
+
+
+def write_report(finished: Finished) -> Path:
+    """Write the page under `mlruns/reports/`, log it to the run as an artifact, return its path."""
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    training = finished.adapter.read_json(TRAINING_FILE)
+    environment = Environment(loader=PackageLoader("tasks.report", "."), autoescape=select_autoescape())
+    environment.filters["number"] = lambda value: (
+        f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+    )
+    page = environment.get_template("page.html.jinja").render(
+        finished=finished,
+        data=finished.data.read_json("report.json"),
+        training=training,
+        figures=finished.evaluation.figures(),
+        curve=loss_curve(training["history"]),
+        settings=flatten(finished.settings),
+        changed=changed(finished.settings),
+        versions=versions(),
+    )
+    folder = runs_dir() / "reports"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{finished.run.id}.html"
+    path.write_text(page, encoding="utf-8")
+    finished.run.client.log_artifact(finished.run.id, str(path), "report")
+    return path
+
+
+def loss_curve(history: Sequence[tuple[int, dict[str, float]]]) -> str:
+    """Training and validation loss by step, as an SVG element."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, style in (("train_loss", {"alpha": 0.6}), ("val_loss", {"marker": "o", "linewidth": 2})):
+        points = [(step, metrics[name]) for step, metrics in history if name in metrics]
+        axes.plot(*zip(*points, strict=True), label=name, **style)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    svg = drawn.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def versions() -> dict[str, Any]:
+    """What the run was made with."""
+    from importlib.metadata import version
+
+    from tasks.models.device import device_name
+
+    packages = {name: version(name) for name in ("mlx", "mlx-lm", "mlflow", "prefect")}
+    system = f"{platform.system()} {platform.machine()}"
+    return {"device": device_name(), "system": system, "python": platform.python_version(), **packages}

@@ -1,0 +1,105 @@
+"""Fixtures: a home of its own for every test, a tiny random Llama and its tokenizer, Prefect's harness."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tasks  # noqa: F401  (BLAS has to be loaded before mlx)
+from tasks.models.folder import ModelFolder
+from tasks.prepare.splits import TokenRows
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+TINY_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A runs folder and a cache that no other test sees."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("TUNESMITH_HOME", str(folder))
+    monkeypatch.setenv("TUNESMITH_CACHE", str(folder / "cache"))
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    """A random four-layer Llama with a byte-level tokenizer and a ChatML template."""
+    import mlx.core as mx
+    from mlx_lm.models.llama import Model, ModelArgs
+    from mlx_lm.utils import save_model
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    mx.random.seed(7)
+    network = Model(ModelArgs.from_dict(TINY_LLAMA))
+    save_model(folder, network)
+    (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
+    save_tiny_tokenizer(folder)
+    return ModelFolder(folder, "tiny-llama", "tiny-fingerprint", str(folder))
+
+
+def save_tiny_tokenizer(folder: Path) -> None:
+    """Byte-level BPE without merges: 256 bytes and the ChatML control tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*control, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture
+def token_rows() -> TokenRows:
+    """Thirteen random rows of 5 to 40 tokens, the second half of each supervised."""
+    random = np.random.default_rng(3)
+    rows = []
+    for length in random.integers(5, 40, 13):
+        tokens = random.integers(3, 300, length).tolist()
+        rows.append((tokens, [place >= length // 2 for place in range(length)]))
+    return TokenRows.from_rows(rows)
+
+
+@pytest.fixture(scope="session")
+def prefect_harness() -> Iterator[None]:
+    """One Prefect server and database for the whole session."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=180):
+        yield

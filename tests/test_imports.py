@@ -1,0 +1,65 @@
+"""Imports point one way, and the heavy libraries stand only where the design puts them."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("flows", "search", "tasks")
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of the packages a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def users_of(library: str) -> set[str]:
+    return {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in sources(package)
+        if library in imported(path)
+    }
+
+
+def test_tasks_import_neither_flows_nor_search_and_search_not_flows() -> None:
+    for path in sources("tasks"):
+        assert not imported(path) & {"flows", "search"}, path
+    for path in sources("search"):
+        assert "flows" not in imported(path), path
+
+
+def test_prefect_stands_in_flows_and_in_each_steps_entry_only() -> None:
+    entries = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tasks").glob("*/__init__.py")}
+    assert {name for name in users_of("prefect") if not name.startswith("flows/")} == entries
+
+
+def test_optuna_stands_in_search_only() -> None:
+    assert all(name.startswith("search/") for name in users_of("optuna"))
+
+
+def test_mlflow_stands_in_tracking_and_the_registry_only() -> None:
+    assert users_of("mlflow") == {"tasks/tracking.py", "tasks/register/registry.py"}
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from flows.cli import run; run(['--help']);"
+        "heavy = {'mlx', 'mlx_lm', 'prefect', 'mlflow', 'optuna', 'pandas', 'transformers', 'numpy'};"
+        "sys.exit(' '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

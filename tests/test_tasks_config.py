@@ -1,0 +1,93 @@
+"""Settings come from defaults, a YAML file and overrides; every mistake names the key and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tasks.config import Settings, changed, describe, flatten, load_settings
+from tasks.errors import InputError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "flows" / "configs").glob("*.yaml"))
+
+
+def test_overrides_lie_over_the_file_which_lies_over_the_defaults(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("train: {rank: 16, alpha: 8}\nregister: {promote: never}\n")
+    settings = load_settings(config, ["train.rank=32", "train.learning_rate=3e-4"])
+    assert changed(settings) == {
+        "train.rank": 32,
+        "train.alpha": 8.0,
+        "train.learning_rate": 3e-4,
+        "register.promote": "never",
+    }
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_says_how_to_run_it(config: Path) -> None:
+    load_settings(config)
+    assert config.read_text().startswith("# tunesmith ")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.rnk=3", r"unknown setting 'train.rnk'; did you mean 'train.rank'\?"),
+        ("rank=3", r"unknown setting 'rank'; did you mean 'train.rank'\?"),
+        ("trian.rank=3", r"unknown setting 'trian'; did you mean 'train'\?"),
+        ("zzz=3", "'tunesmith show' lists them all"),
+        ("train.rank=0", "train.rank = 0: input should be greater than or equal to 1"),
+        ("train.rank=many", "train.rank = 'many': input should be a valid integer"),
+        ("train.num_layers=0", "from 1 up, or -1 for all"),
+        ("train.schedule=stepwise", "'constant', 'linear' or 'cosine'"),
+        ("train.rank", "section.key=value"),
+        ("train.rank.x=3", "train.rank"),
+        ("search.learning_rate.low=1", r"low \(1\) must be below high \(0.001\)"),
+        ("train.rank=[", "not YAML"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_to_do(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_settings(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"train:\n  rank: [1\n", r"a.yaml, line 3: not YAML"),
+        (b"- a\n- b\n", "holds a list"),
+        (b"train: {rank: 8}\n\xff\n", "not UTF-8 at byte 17"),
+        (b"train: {rank: 8, rank: 9}\n", "line 1: 'rank' stands twice"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(tmp_path: Path, text: bytes, message: str) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_bytes(text)
+    with pytest.raises(InputError, match=message):
+        load_settings(config)
+
+
+def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        load_settings(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="is a folder"):
+        load_settings(tmp_path)
+
+
+def test_a_source_beside_the_config_is_found_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "a.yaml").write_text("data: {source: rows.jsonl}\n")
+    monkeypatch.chdir("/")
+    assert load_settings(tmp_path / "a.yaml").data.source == str(tmp_path / "rows.jsonl")
+
+
+def test_settings_survive_the_trip_through_json_that_prefect_makes() -> None:
+    settings = load_settings(None, ["train.rank=3", "register.name=x", "search.rank=[1, 2]"])
+    assert Settings.model_validate(settings.model_dump(mode="json", by_alias=True)) == settings
+
+
+def test_descriptions_belong_to_existing_keys() -> None:
+    assert describe().keys() <= flatten(Settings()).keys()
