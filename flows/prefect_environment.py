@@ -10,7 +10,6 @@ import os
 
 from flows.server import use_running_server
 from tasks.process import set_up_process
-from tasks.progress import progress
 
 OURS = ("tasks", "flows", "search")
 
@@ -41,17 +40,16 @@ def log_our_steps() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
 
 
-def connect_to_prefect() -> str:
-    """Import Prefect and see that a server answers, showing the wait.
+def wake_server() -> str:
+    """Import Prefect and see that a server answers; seconds without the local one, so show the wait.
 
     Without a server, Prefect's own temporary one is started; it ends with this process.
 
     Returns:
         The address of the API.
     """
-    with progress("starting Prefect"):
-        from prefect.client.orchestration import get_client
+    from prefect.client.orchestration import get_client
 
-        with get_client(sync_client=True) as client:
-            client.hello().raise_for_status()
-            return str(client.api_url)
+    with get_client(sync_client=True) as client:
+        client.hello().raise_for_status()
+        return str(client.api_url)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -32,6 +33,8 @@ from tasks.progress import Bar, progress
 
 if TYPE_CHECKING:
     import psutil
+
+log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 180.0  # 12 s on a fresh home, 3 s later, measured on two idle cores
@@ -77,15 +80,13 @@ def up(port: int = 4200) -> ServerState:
             _clean_up_after_a_dead_supervisor()
             chosen = free_port(port)
             if chosen != port:
-                print(f"Port {port} is used by another program; taking {chosen}.")
+                log.warning("port %d is used by another program; taking %d", port, chosen)
             supervisor = _start_supervisor(chosen)
             with progress("starting the Prefect server") as bar:
-                state = _wait_until_healthy(bar, supervisor)
-            print(f"Prefect is up: {state.url}")
-            return state
+                return _wait_until_healthy(bar, supervisor)
         with progress("waiting for the Prefect server") as bar:
             state = _wait_until_healthy(bar, None)
-        print(f"Prefect is up already, since {known.started}: {state.url}")
+        log.info("the Prefect server is up already, since %s", known.started)
         return state
 
 
@@ -182,11 +183,11 @@ def _only_one() -> Iterator[None]:
 
 
 def _start_supervisor(port: int) -> subprocess.Popen[bytes]:
-    log = _log_file()
-    if log.exists():
-        log.replace(log.with_suffix(".log.1"))
+    file = _log_file()
+    if file.exists():
+        file.replace(file.with_suffix(".log.1"))
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    with log.open("wb") as output:
+    with file.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "flows.server", "supervise", str(port)],
             env={**os.environ, "PYTHONPATH": path},
@@ -229,10 +230,10 @@ def _wait_until_healthy(bar: Bar, supervisor: subprocess.Popen[bytes] | None) ->
         time.sleep(0.1)
         bar.advance(0.1)
     _end()
-    log = _log_file()
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    file = _log_file()
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
     last = "\n  ".join(lines[-8:])
-    raise StepError(f"the Prefect server did not come up; its log {log} ends with\n  {last}")
+    raise StepError(f"the Prefect server did not come up; its log {file} ends with\n  {last}")
 
 
 def _healthy(state: ServerState) -> bool:

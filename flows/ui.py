@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from flows.server import LOOPBACK, free_port, running_server
 from tasks.errors import StepError
 from tasks.home import runs_dir
 from tasks.progress import Bar, progress
+
+log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
@@ -43,7 +46,7 @@ def open_ui(port: int = 5000, uri: str | None = None, artifacts: str | None = No
         return
     chosen = free_port(port)
     if chosen != port:
-        print(f"Port {port} is used by another program; taking {chosen}.")
+        log.warning("port %d is used by another program; taking %d", port, chosen)
     artifacts = artifacts or (runs_dir() / "artifacts").as_uri()
     with _mlflow_server(chosen, uri, artifacts) as server:
         with progress("starting the MLflow UI") as bar:

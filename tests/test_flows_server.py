@@ -27,7 +27,7 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("prefect")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def home(tmp_path: Path, prefect_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path))
     monkeypatch.setenv("PREFECT_HOME", str(prefect_home))
@@ -97,12 +97,13 @@ def header_for_another_site(state: ServerState) -> str | None:
 
 
 def test_a_second_up_finds_the_first_server(
-    home: Path, stand_in: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+    home: Path, stand_in: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "flows")
     stand_in(HEALTHY)
     first = up(free_port(47100))
     assert up() == first
-    assert "up already" in capsys.readouterr().out
+    assert "up already" in caplog.text
 
 
 def test_two_ups_at_the_same_time_start_one_server(home: Path, stand_in: Callable[[str], None]) -> None:
@@ -113,7 +114,7 @@ def test_two_ups_at_the_same_time_start_one_server(home: Path, stand_in: Callabl
 
 
 def test_a_taken_port_is_left_alone(
-    home: Path, stand_in: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+    home: Path, stand_in: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     stand_in(HEALTHY)
     with socket.socket() as other:
@@ -121,7 +122,7 @@ def test_a_taken_port_is_left_alone(
         other.listen()
         taken = other.getsockname()[1]
         assert up(taken).port != taken
-        assert f"Port {taken} is used by another program" in capsys.readouterr().out
+        assert f"port {taken} is used by another program" in caplog.text
 
 
 def test_a_server_that_dies_is_started_again(home: Path, stand_in: Callable[[str], None]) -> None:

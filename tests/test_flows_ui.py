@@ -34,6 +34,7 @@ def ui(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
             env={**os.environ, "TUNESMITH_HOME": str(tmp_path), "PYTHONPATH": str(CHECKOUT)},
             text=True,
             stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         assert process.stdout is not None
         assert "used by another program" in process.stdout.readline()
