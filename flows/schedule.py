@@ -1,0 +1,155 @@
+"""`tunesmith schedule CONFIG --cron "0 2 * * *"`: the finetune flow, again and again while this runs.
+
+The flow is served by Prefect: the local server keeps the schedule, this process starts the runs, one
+at a time. Times are those of the machine's time zone unless another is named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import zoneinfo
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.prefect_environment import prepare_prefect
+from flows.server import up
+from tasks.config import load_settings
+from tasks.errors import InputError
+
+if TYPE_CHECKING:
+    from prefect import Flow
+
+CRON_EXAMPLE = "'0 2 * * *' (minute hour day month weekday: every night at two)"
+
+
+def schedule(config: Path, overrides: Sequence[str], cron: str, timezone: str | None = None) -> None:
+    """Serve the finetune flow on a cron schedule until Ctrl-C or SIGTERM.
+
+    Args:
+        config: YAML file of settings; its stem names the deployment.
+        overrides: `section.key=value` laid over the file.
+        cron: five fields, minute hour day month weekday.
+        timezone: an IANA name such as Europe/Berlin; the machine's own by default.
+
+    Raises:
+        InputError: the expression, the time zone or the settings are wrong; nothing was started.
+        StepError: the local server did not come up.
+        SystemExit: always in the end, with 130 after Ctrl-C and 143 after SIGTERM.
+    """
+    prepare_prefect(quiet=False)
+    zone = timezone or local_timezone()
+    next_fire_times(cron, zone)
+    settings = load_settings(config, overrides)
+    api_url = lasting_api()
+    from flows.finetune import finetune
+
+    parameters = {"settings": settings.model_dump(mode="json", by_alias=True)}
+    serve(finetune, config.stem, cron, zone, parameters, api_url)
+
+
+def serve(
+    flow: Flow[..., Any], name: str, cron: str, timezone: str, parameters: Mapping[str, Any], api_url: str
+) -> None:
+    """Serve any flow until Ctrl-C (of a terminal, where it reaches the run too) or SIGTERM.
+
+    The server of `api_url` keeps the schedule meanwhile, and pauses it at the end. A run in progress
+    is ended by the same signal.
+
+    Raises:
+        SystemExit: always in the end, with 130 after Ctrl-C and 143 after SIGTERM.
+    """
+    from prefect.runner import Runner
+    from prefect.schedules import Cron
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.types.entrypoint import EntrypointType
+
+    code = 130
+
+    class OneAtATime(Runner):
+        def handle_sigterm(self, *_: Any, **__: Any) -> None:
+            # Prefect's own (3.8.8) waits for the run in progress, however long, and exits with 0.
+            nonlocal code
+            code = 143
+            _end_runs()
+            signal.raise_signal(signal.SIGINT)
+
+    with temporary_settings({PREFECT_API_URL: api_url}):
+        runner = OneAtATime(name=name, limit=1, pause_on_shutdown=True)
+        runner.add_flow(
+            flow,
+            name=name,
+            schedule=Cron(cron, timezone=timezone),
+            parameters=dict(parameters),
+            entrypoint_type=EntrypointType.MODULE_PATH,
+        )
+        _announce(name, cron, timezone, api_url)
+        with suppress(KeyboardInterrupt):
+            asyncio.run(runner.start())
+    raise SystemExit(code)
+
+
+def next_fire_times(cron: str, timezone: str, count: int = 3) -> list[datetime]:
+    """The next times at which Prefect's own scheduler will start a run.
+
+    Raises:
+        InputError: no such time zone, not a cron expression, or one that never comes true.
+    """
+    if timezone not in zoneinfo.available_timezones():
+        raise InputError(f"time zone '{timezone}': not known; give an IANA name such as Europe/Berlin")
+    from prefect.server.schemas.schedules import CronSchedule
+
+    try:
+        planned = CronSchedule(cron=cron, timezone=timezone)
+        times = asyncio.run(planned.get_dates(count))
+    except ValueError:
+        raise InputError(f"cron '{cron}': not a cron expression; write one such as {CRON_EXAMPLE}") from None
+    if not times:
+        raise InputError(f"cron '{cron}': never comes true; write one such as {CRON_EXAMPLE}")
+    return list(times)
+
+
+def lasting_api() -> str:
+    """The API of a server that outlives this command; the local one is started when there is none.
+
+    Raises:
+        StepError: the local server did not come up.
+    """
+    from prefect.settings import get_current_settings
+
+    if chosen := get_current_settings().api.url:
+        return chosen
+    print("A schedule needs a Prefect server that stays; starting the local one.")
+    return up().api_url
+
+
+def local_timezone() -> str:
+    """The IANA name of the machine's time zone; UTC when it has none."""
+    if (named := os.environ.get("TZ", "").removeprefix(":")) in zoneinfo.available_timezones():
+        return named
+    _, marker, name = str(Path("/etc/localtime").resolve()).partition("zoneinfo/")
+    return name if marker and name in zoneinfo.available_timezones() else "UTC"
+
+
+def _end_runs() -> None:
+    import psutil
+
+    for run in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            run.terminate()
+
+
+def _announce(name: str, cron: str, timezone: str, api_url: str) -> None:
+    times = next_fire_times(cron, timezone)
+    print(f"'{name}' is scheduled: {cron} ({timezone}). The next runs start at")
+    for time in times:
+        print(f"  {time.astimezone(zoneinfo.ZoneInfo(timezone)):%a %d %B %Y %H:%M:%S %Z}")
+    print("Runs never overlap: one that is due while another is going waits for its end.")
+    print(f"Watch them at {api_url.removesuffix('/api')}")
+    print(
+        "Keep this running; Ctrl-C ends the schedule, 'tunesmith down' ends the Prefect server.", flush=True
+    )

@@ -1,0 +1,148 @@
+"""`tunesmith ui`: MLflow's pages over the runs on this machine, in the foreground, on loopback."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from flows.server import LOOPBACK, free_port, running_server
+from tasks.errors import StepError
+from tasks.home import runs_dir
+from tasks.progress import Bar, progress
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 5.0
+
+
+def open_ui(port: int = 5000, uri: str | None = None, artifacts: str | None = None) -> None:
+    """Serve the MLflow UI until Ctrl-C or SIGTERM, and leave no process behind.
+
+    Args:
+        port: on loopback; when something else listens there, the next free one is taken.
+        uri: the tracking store; SQLite under `mlruns/` by default. The address of an MLflow server is
+            only printed: it has its own UI.
+        artifacts: where a new experiment's artifacts go (path or URI); `mlruns/artifacts` by default.
+
+    Raises:
+        StepError: the UI did not come up or ended by itself; with the last lines of its log.
+        KeyboardInterrupt: after Ctrl-C.
+        SystemExit: with 143 after SIGTERM.
+    """
+    uri = uri or f"sqlite:///{runs_dir() / 'mlflow.db'}"
+    if uri.startswith(("http://", "https://")):
+        print(f"MLflow runs elsewhere: {uri}")
+        return
+    chosen = free_port(port)
+    if chosen != port:
+        log.warning("port %d is used by another program; taking %d", port, chosen)
+    artifacts = artifacts or (runs_dir() / "artifacts").as_uri()
+    with _mlflow_server(chosen, uri, artifacts) as server:
+        with progress("starting the MLflow UI") as bar:
+            _wait_until_healthy(bar, server, chosen)
+        _announce(chosen)
+        server.wait()
+        raise StepError(f"the MLflow UI ended by itself with code {server.returncode}; {_last_words()}")
+
+
+@contextmanager
+def _mlflow_server(port: int, uri: str, artifacts: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+    command += ["--host", LOOPBACK, "--port", str(port), "--backend-store-uri", uri]
+    command += ["--no-serve-artifacts", "--default-artifact-root", artifacts]
+    # MLflow would take any private-network name for its own.
+    command += ["--allowed-hosts", f"{LOOPBACK}:{port},localhost:{port}"]
+    # Unless told otherwise MLflow starts fifteen processes of 3 GB for jobs nobody gives it here.
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with _sigterm_is_an_exit(), _log_file().open("wb") as output:
+        server = subprocess.Popen(
+            command,
+            env={**os.environ, **quiet},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            yield server
+        finally:
+            _end_group(server)
+
+
+def _end_group(server: subprocess.Popen[bytes]) -> None:
+    """End the server and what it started: its uvicorn outlives it otherwise (mlflow 3.17.2)."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, number)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while time.monotonic() < deadline and _group_lives(server):
+            time.sleep(0.05)
+    server.wait()
+
+
+def _group_lives(server: subprocess.Popen[bytes]) -> bool:
+    server.poll()
+    try:
+        os.killpg(server.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextmanager
+def _sigterm_is_an_exit() -> Iterator[None]:
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wait_until_healthy(bar: Bar, server: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and server.poll() is None:
+        if _answers(port):
+            return
+        time.sleep(0.1)
+        bar.advance(0.1)
+    raise StepError(f"the MLflow UI did not come up; {_last_words()}")
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{LOOPBACK}:{port}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _announce(port: int) -> None:
+    print(f"MLflow UI:  http://{LOOPBACK}:{port}")
+    if prefect := running_server():
+        print(f"Prefect UI: {prefect.url}")
+    print("Ctrl-C ends it.", flush=True)
+
+
+def _last_words() -> str:
+    lines = _log_file().read_text(encoding="utf-8", errors="replace").splitlines()
+    return f"its log {_log_file()} ends with\n  " + "\n  ".join(lines[-8:])
+
+
+def _log_file() -> Path:
+    folder = runs_dir() / "server"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "mlflow-ui.log"

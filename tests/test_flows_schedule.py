@@ -1,0 +1,194 @@
+"""Schedules: bad ones are refused before anything starts, good ones really start runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import httpx
+import psutil
+import pytest
+
+from flows import schedule as module
+from flows.schedule import local_timezone, next_fire_times, schedule
+from flows.server import ServerState, down, free_port, up
+from tasks.errors import InputError
+from tasks.home import CHECKOUT
+
+
+@pytest.mark.parametrize("cron", ["", "2 am", "99 2 * * *", "0 2 * *", "R 2 * * *"])
+def test_a_wrong_cron_expression_is_named_with_an_example(cron: str) -> None:
+    with pytest.raises(InputError, match=r"cron '.*': not a cron expression.*0 2 \* \* \*") as error:
+        next_fire_times(cron, "UTC")
+    assert f"'{cron}'" in str(error.value)
+
+
+def test_a_cron_expression_that_never_comes_true_is_refused() -> None:
+    with pytest.raises(InputError, match="30 2"):
+        next_fire_times("0 0 30 2 *", "UTC")
+
+
+def test_an_unknown_time_zone_is_refused() -> None:
+    with pytest.raises(InputError, match="'Mars/Olympus'"):
+        next_fire_times("0 2 * * *", "Mars/Olympus")
+
+
+def test_two_at_night_is_two_at_night_of_the_named_zone() -> None:
+    zone = ZoneInfo("Asia/Tokyo")
+    times = [time.astimezone(zone) for time in next_fire_times("0 2 * * *", "Asia/Tokyo")]
+    assert [(time.hour, time.minute) for time in times] == [(2, 0)] * 3
+    assert times[0] > datetime.now(zone)
+
+
+def test_the_machines_own_time_zone_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Australia/Sydney")
+    assert local_timezone() == "Australia/Sydney"
+    monkeypatch.delenv("TZ")
+    assert ZoneInfo(local_timezone())
+
+
+@pytest.mark.parametrize(
+    ("cron", "override", "named"),
+    [("every night", "train.rank=8", "every night"), ("0 2 * * *", "train.rnak=8", "train.rank")],
+)
+def test_nothing_starts_on_wrong_input(
+    cron: str, override: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(module, "up", lambda: started.append("server"))
+    monkeypatch.setattr(module, "lasting_api", lambda: started.append("server"))
+    config = tmp_path / "nightly.yaml"
+    config.write_text("train: {rank: 4}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=named):
+        schedule(config, [override], cron, "UTC")
+    assert not started
+
+
+SMALL_FLOW = """
+import logging, pathlib, sys, time
+from prefect import flow
+from tasks.config import Settings
+
+@flow(name="small")
+def small(settings: Settings) -> int:
+    logging.getLogger("tasks.small").warning("rank %d", settings.train.rank)
+    if settings.name:
+        pathlib.Path(settings.name).touch()
+        time.sleep(60)
+    return settings.train.rank
+"""
+
+SERVE = """
+import sys
+from pathlib import Path
+from flows.prefect_environment import prepare_prefect
+prepare_prefect(quiet=False)
+from flows import schedule
+from tasks.config import load_settings
+from small_flow import small
+settings = load_settings(None, sys.argv[2:])
+if __name__ == "__main__":
+    parameters = {"settings": settings.model_dump(mode="json", by_alias=True)}
+    schedule.serve(small, "nightly", "* * * * * */2", "UTC", parameters, sys.argv[1])
+"""
+
+Serve = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerState]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        patch.delenv("PREFECT_API_URL", raising=False)
+        yield up(free_port(47600))
+        down()
+
+
+@pytest.fixture
+def serve(prefect: ServerState, tmp_path: Path) -> Iterator[Serve]:
+    """Serve the small flow from a working directory that is not the checkout."""
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "small_flow.py").write_text(SMALL_FLOW, encoding="utf-8")
+    (code / "serve_it.py").write_text(SERVE, encoding="utf-8")
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*overrides: str) -> subprocess.Popen[str]:
+        path = f"{code}{os.pathsep}{CHECKOUT}"
+        process = subprocess.Popen(
+            [sys.executable, str(code / "serve_it.py"), prefect.api_url, *overrides],
+            env={**os.environ, "PYTHONPATH": path, "PREFECT_RUNNER_POLL_FREQUENCY": "1"},
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_a_schedule_really_starts_runs_that_complete(prefect: ServerState, serve: Serve) -> None:
+    server = serve("train.rank=3")
+    run = wait_for(lambda: flow_runs(prefect, "COMPLETED"), 60)[0]
+    assert run["parameters"]["settings"]["train"]["rank"] == 3
+    assert run["auto_scheduled"]
+    assert wait_for(lambda: [line for line in logs(prefect, run["id"]) if line == "rank 3"], 10)
+    server.send_signal(signal.SIGINT)
+    output, _ = server.communicate(timeout=30)
+    assert server.returncode == 130, output
+    assert "'nightly' is scheduled: * * * * * */2 (UTC)" in output
+    assert prefect.url in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_schedule_with_143_and_leaves_no_run_behind(
+    prefect: ServerState, serve: Serve, tmp_path: Path
+) -> None:
+    sign = tmp_path / "running"
+    server = serve(f"name={sign}")
+    wait_for(sign.exists, 60)
+    children = psutil.Process(server.pid).children(recursive=True)
+    assert children
+    server.terminate()
+    output, _ = server.communicate(timeout=30)
+    assert server.returncode == 143, output
+    assert "Traceback" not in output
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+    assert not flow_runs(prefect, "RUNNING")
+
+
+def wait_for(what: Callable[[], Any], limit_s: float) -> Any:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"not within {limit_s:g} s")
+
+
+def flow_runs(prefect: ServerState, state: str) -> list[dict[str, Any]]:
+    wanted = {"flow_runs": {"state": {"type": {"any_": [state]}}}}
+    found: list[dict[str, Any]] = httpx.post(f"{prefect.api_url}/flow_runs/filter", json=wanted).json()
+    return found
+
+
+def logs(prefect: ServerState, flow_run: str) -> list[str]:
+    wanted = {"logs": {"flow_run_id": {"any_": [flow_run]}}}
+    return [line["message"] for line in httpx.post(f"{prefect.api_url}/logs/filter", json=wanted).json()]

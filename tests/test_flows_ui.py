@@ -1,0 +1,76 @@
+"""The MLflow UI: on loopback, and gone without a trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.server import free_port
+from flows.ui import open_ui
+from tasks.errors import StepError
+from tasks.home import CHECKOUT
+
+OPEN = "import sys; from flows.ui import open_ui; open_ui(int(sys.argv[1]))"
+
+
+@pytest.fixture
+def ui(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The UI in a process of its own, on a port whose neighbour is taken, and its printed address."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", free_port(47700)))
+        other.listen()
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-c", OPEN, str(other.getsockname()[1])],
+            env={**os.environ, "TUNESMITH_HOME": str(tmp_path), "PYTHONPATH": str(CHECKOUT)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert process.stdout is not None
+        assert "used by another program" in process.stdout.readline()
+        yield process, process.stdout.readline().removeprefix("MLflow UI:").strip()
+        if process.poll() is None:
+            process.terminate()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, -signal.SIGINT, marks=pytest.mark.slow)],
+)
+def test_the_ui_serves_loopback_only_and_leaves_no_process(
+    ui: tuple[subprocess.Popen[str], str], number: signal.Signals, code: int
+) -> None:
+    process, address = ui
+    with urllib.request.urlopen(address) as page:
+        assert b"MLflow" in page.read()
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(urllib.request.Request(f"{address}/api/2.0", headers={"Host": "10.0.0.1"}))
+    children = psutil.Process(process.pid).children(recursive=True)
+    listening = [c.laddr.ip for p in children for c in p.net_connections("tcp4") if c.status == "LISTEN"]
+    assert set(listening) == {"127.0.0.1"}
+    process.send_signal(number)
+    assert process.wait(15) == code
+    assert not [child for child in children if child.is_running()]
+
+
+def test_a_store_that_cannot_be_opened_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path))
+    (tmp_path / "mlflow.db").write_text("not a database, certainly not\n" * 100, encoding="utf-8")
+    with pytest.raises(StepError, match=r"did not come up(?s:.)*not a database"):
+        open_ui(free_port(47800))
+
+
+def test_a_tracking_server_is_only_pointed_at(capsys: pytest.CaptureFixture[str]) -> None:
+    open_ui(uri="http://127.0.0.1:9")
+    assert "http://127.0.0.1:9" in capsys.readouterr().out
