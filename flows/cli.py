@@ -203,7 +203,7 @@ def _load(config: Path | None, overrides: list[str] | None) -> Settings:
 def _check(settings: Settings) -> None:
     """Find the faults that can be known before anything is started."""
     from tasks.models.resolve import check_model
-    from tasks.prepare.pipeline import check_source
+    from tasks.prepare.sources import check_source
 
     check_source(settings.data)
     check_model(settings.model)
@@ -233,11 +233,10 @@ def _screen(settings: Settings | None = None) -> Iterator[Screen]:
 @contextmanager
 def _prefect() -> Iterator[None]:
     """Import a flow in this block, with Prefect quiet and its server found or started; shows the wait."""
-    from flows.server import prepare_prefect, use_running_server, wake_server
+    from flows.prefect_environment import prepare_prefect, wake_server
     from tasks.progress import progress
 
-    found = use_running_server()
-    prepare_prefect(quiet=True)
+    found = prepare_prefect(quiet=True)
     with progress("starting Prefect" if found else "starting Prefect (sooner after 'tunesmith up')"):
         yield
         wake_server()

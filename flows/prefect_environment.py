@@ -14,7 +14,7 @@ from tasks.process import set_up_process
 OURS = ("tasks", "flows", "search")
 
 
-def prepare_prefect(quiet: bool) -> None:
+def prepare_prefect(quiet: bool) -> bool:
     """Set this process up for Prefect, before Prefect is imported. A person's own environment wins.
 
     The log lines of our packages reach the Prefect API, and the local server is used when it is up.
@@ -23,6 +23,9 @@ def prepare_prefect(quiet: bool) -> None:
         quiet: print nothing of Prefect's: no log lines, no tracebacks. All of it still reaches the
             Prefect API, and exceptions reach the caller as they are. Processes started from this one
             are quiet too.
+
+    Returns:
+        Whether this process will talk to the local server.
     """
     set_up_process()
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(OURS))
@@ -31,7 +34,7 @@ def prepare_prefect(quiet: bool) -> None:
     if quiet:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     log_our_steps()
-    use_running_server()
+    return use_running_server()
 
 
 def log_our_steps() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.config import EvaluateSettings
 from tasks.models.folder import ModelFolder
-from tasks.prepare.pipeline import encode_prompt, load_rows
+from tasks.prepare.chats import load_rows
 from tasks.prepare.splits import load_splits
 from tasks.progress import progress
 from tasks.publish import StepOutput, run_step, write_json
@@ -65,6 +65,8 @@ def _answers(
 ) -> dict[str, Any]:
     """Greedy answers to the rows' last questions, and their scores."""
     from tasks.evaluate.text_metrics import chrf, exact_match
+
+    from tasks.prepare.tokenise import encode_prompt
 
     prompts = [encode_prompt(loaded.tokenizer, row["messages"]) for row in rows]
     started = time.perf_counter()

@@ -6,7 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
 
 def chrf(answer: str, reference: str) -> float:
@@ -21,6 +21,6 @@ def exact_match(answer: str, reference: str) -> float:
 
 @cache
 def _chrf_metric() -> CHRF:
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     return CHRF()

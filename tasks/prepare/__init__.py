@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from prefect import task
+from prefect.cache_policies import NO_CACHE
 
 from tasks.config import DataSettings
 from tasks.models.folder import ModelFolder
 from tasks.prepare.pipeline import prepare_data
 from tasks.prepare.sources import check_source
 from tasks.publish import StepOutput
+from tasks.tracking import Run
 
 __all__ = ["check_source", "prepare"]
 
 
-@task
-def prepare(data: DataSettings, model: ModelFolder) -> StepOutput:
-    """Prepare the rows of a source for a model; see `prepare_data`."""
-    return prepare_data(data, model)
+@task(task_run_name="prepare", cache_policy=NO_CACHE)
+def prepare(data: DataSettings, model: ModelFolder, run: Run) -> StepOutput:
+    """Rows, tokens and the data report, training-ready for the model."""
+    return prepare_data(data, model, run)

@@ -23,19 +23,21 @@ from tasks.prepare.templates import TemplateError
 from tasks.prepare.tokenise import ChatEncoder, TokenRow, chat_encoder, load_tokenizer
 from tasks.progress import progress
 from tasks.publish import StepOutput, run_step, write_json
+from tasks.tracking import Run
 
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 512
+REPORT_FILE, REJECTED_FILE = "report.json", "rejected.jsonl"
 TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab*")
 
 
-def prepare_data(data: DataSettings, model: ModelFolder) -> StepOutput:
+def prepare_data(data: DataSettings, model: ModelFolder, run: Run | None = None) -> StepOutput:
     """Prepare a source for a model; models of the same tokenizer share the output.
 
     The folder holds `train.jsonl`, `valid.jsonl` and `test.jsonl` in mlx-lm's chat form,
     `tokens.safetensors` with the same rows in the same order, `rejected.jsonl` (every row not used) and
-    `report.json`.
+    `report.json`. The report and the rows not used are logged to the run, if one is given.
 
     Raises:
         InputError: the source is missing or has bad rows, the model's tokenizer or template cannot be
@@ -49,7 +51,11 @@ def prepare_data(data: DataSettings, model: ModelFolder) -> StepOutput:
         "source": source,
         "tokenizer": tokenizer_digest(model.path),
     }
-    return run_step("prepare", inputs, lambda folder: _make(folder, data, model))
+    output = run_step("prepare", inputs, lambda folder: _make(folder, data, model))
+    if run is not None:
+        run.set_tags({"tunesmith.data": output.fingerprint})
+        run.log_files(output.path, "data", only=(REPORT_FILE, REJECTED_FILE))
+    return output
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -82,11 +88,11 @@ def _make(folder: Path, data: DataSettings, model: ModelFolder) -> None:
     for name in SPLITS:
         save_rows(folder, name, (done.rows[i].messages for i in places[name]))
     save_splits(folder, splits)
-    write_jsonl(folder / "rejected.jsonl", map(_rejected, unused))
+    write_jsonl(folder / REJECTED_FILE, map(_rejected, unused))
     report = data_report(data, done.rows, unused, splits)
     report |= {"rows_moved_to_fill_a_split": moved, "template": encoder.template.name}
     shown = [sample(done.rows[i], encoder, *done.tokens[i]) for i in places["train"][:SAMPLES]]
-    write_json(folder / "report.json", {**report, "samples": shown})
+    write_json(folder / REPORT_FILE, {**report, "samples": shown})
     log.info("prepare: %d rows read, %d used", len(read), len(done.rows))
 
 

@@ -44,7 +44,7 @@ def supervised_logits(model: nn.Module, inputs: mx.array, positions: mx.array) -
 
 
 def _plain(model: nn.Module, inputs: mx.array, positions: mx.array) -> mx.array:
-    logits = model(inputs)  # (batch, length, vocabulary)
+    logits: mx.array = model(inputs)  # (batch, length, vocabulary)
     return logits.reshape(-1, logits.shape[-1])[positions]
 
 
@@ -63,7 +63,7 @@ def _gathering(inner: nn.Module, positions: mx.array) -> Iterator[None]:
     plain = type(inner)
 
     def gather(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
-        hidden = plain.__call__(self, *args, **kwargs)  # (batch, length, hidden)
+        hidden: mx.array = plain.__call__(self, *args, **kwargs)  # (batch, length, hidden)
         return hidden.reshape(-1, hidden.shape[-1])[positions][None]  # (1, count, hidden)
 
     inner.__class__ = type(plain.__name__, (plain,), {"__call__": gather})
@@ -80,7 +80,7 @@ def _gathering_is_exact(model: nn.Module, inputs: mx.array, positions: mx.array)
     try:
         plain = _log_probabilities(_plain(model, inputs, positions))
         gathered = _log_probabilities(_gathered(model, inputs, positions))
-        if plain.shape == gathered.shape and mx.abs(plain - gathered).max().item() <= TOLERANCE:
+        if plain.shape == gathered.shape and float(mx.abs(plain - gathered).max()) <= TOLERANCE:
             return True
         reason = "its logits differ"
     except (AttributeError, TypeError, ValueError, IndexError) as error:
