@@ -15,7 +15,7 @@ import pytest
 from tasks.errors import InputError
 from tasks.home import cache_dir
 from tasks.models import gguf_import
-from tasks.models.gguf_check import read_gguf
+from tasks.models.gguf_check import check_gguf, read_gguf
 from tasks.models.gguf_config import llama3_factors, model_config
 from tasks.models.gguf_import import import_gguf
 from tasks.models.gguf_tokenizer import SPLITS, build_tokenizer
@@ -318,7 +318,20 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
     for length in [0, 3, 8, 23, *range(24, len(data), len(data) // 40), len(data) - 1]:
         cut.write_bytes(data[:length])
         with pytest.raises(InputError, match="GGUF"):
-            read_gguf(cut)
+            check_gguf(cut)
+
+
+def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_tiny_gguf(path)
+    data = bytearray(path.read_bytes())
+    name = b"blk.1.ffn_up.weight"
+    # After the name: dimensions (4 bytes), two sizes (8 each) and the type (4).
+    place = data.index(name) + len(name) + 4 + 16 + 4
+    data[place : place + 8] = bytes(8)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"overlaps|does not fit"):
+        check_gguf(path)
 
 
 def test_damaged_headers_are_refused_or_harmless(tmp_path: Path) -> None:
@@ -408,6 +421,31 @@ def test_bos_is_added_when_the_file_says_so_and_for_llama3_unless_it_says_not(tm
     assert first_id((add, True)) == 260
     assert first_id(pre) == 260
     assert first_id(pre, (add, False)) != 260
+
+
+@pytest.mark.parametrize(("rule", "count"), [("llama-bpe", 1), ("qwen2", 3)])
+def test_llama3_takes_a_whole_piece_before_it_merges(tmp_path: Path, rule: str, count: int) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        tokens, _, kinds = tiny_tokens()
+        overwrite("tokenizer.ggml.tokens", [*tokens, "wow"])(writer)
+        overwrite("tokenizer.ggml.token_type", [*kinds, 1])(writer)
+        overwrite("tokenizer.ggml.pre", rule)(writer)
+
+    write_tiny_gguf(tmp_path / "tiny.gguf", change=change)
+    tokenizer = build_tokenizer(read_gguf(tmp_path / "tiny.gguf"))
+    assert len(tokenizer.encode("wow", add_special_tokens=False).ids) == count
+
+
+def test_bos_stands_once_before_text_in_transformers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    write_tiny_gguf(tmp_path / "tiny.gguf", change=overwrite("tokenizer.ggml.add_bos_token", True))
+    tokenizer = AutoTokenizer.from_pretrained(import_gguf(tmp_path / "tiny.gguf", "tiny"))
+    assert tokenizer.encode("hell")[0] == 260
+    assert len(tokenizer.encode("hell")) == 2
+    assert tokenizer.decode(tokenizer.encode("hell"), skip_special_tokens=True) == "hell"
+    chat = [{"role": "user", "content": "hell"}]
+    assert tokenizer.apply_chat_template(chat, return_dict=False) == [260, 258, 261]
 
 
 def test_every_end_of_turn_is_in_the_generation_config(tmp_path: Path) -> None:

@@ -117,10 +117,11 @@ def test_a_model_mlx_lm_does_not_know_is_refused(folder: Path) -> None:
 def test_importing_mlx_lm_leaves_the_limit_on_open_files() -> None:
     code = (
         "import resource\n"
-        "before = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (900, hard))\n"
         "from tasks.models.mlx_lm_import import import_mlx_lm\n"
         "import_mlx_lm()\n"
-        "print(before == resource.getrlimit(resource.RLIMIT_NOFILE), resource.setrlimit.__name__)\n"
+        "print((900, hard) == resource.getrlimit(resource.RLIMIT_NOFILE), resource.setrlimit.__name__)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "setrlimit"]

@@ -48,7 +48,7 @@ def file_digest(path: Path) -> str:
     path = path.resolve()
     status = path.stat()
     if status.st_size < REMEMBER_FROM_BYTES:
-        return _sha256(path, status.st_size)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     identity = [status.st_size, status.st_mtime_ns, status.st_ino]
     known = _remembered().get(str(path))
     if isinstance(known, dict) and known.get("identity") == identity and isinstance(known.get("sha256"), str):

@@ -30,6 +30,8 @@ SPLITS: dict[str, tuple[str, ...]] = {
 # Llama 3 looks a whole piece up before it merges, and starts with BOS unless the file says otherwise.
 WHOLE_PIECES_FIRST = STARTS_WITH_BOS = {"llama-bpe"}
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+# Token types that are found in the text as they stand, and whether they are special.
+MATCHED = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
 
 
 def save_tokenizer(gguf: GgufFile, folder: Path, max_length_tokens: int) -> None:
@@ -116,10 +118,6 @@ def _add_tokens(tokenizer: Tokenizer, gguf: GgufFile, tokens: list[str]) -> None
     tokenizer.add_tokens(
         [AddedToken(t, normalized=False, special=False) for t, k in marked if not MATCHED[k]]
     )
-
-
-# Token types that are found in the text as they stand, and whether they are special.
-MATCHED = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
 
 
 def _frame(gguf: GgufFile) -> processors.PostProcessor:
