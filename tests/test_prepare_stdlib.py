@@ -6,11 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
-from tasks.prepare.stdlib import ADDRESS, first_paragraph, stdlib_rows
+from tasks.prepare.stdlib import ADDRESS, _python_docstrings, first_paragraph, stdlib_rows
 
 DIGEST = (
     "import hashlib\nfrom tasks.prepare.stdlib import stdlib_rows\n"
@@ -42,6 +43,20 @@ def test_modules_are_read_but_not_imported() -> None:
         cwd=Path(__file__).parent.parent,
     )
     assert done.stdout == "[]\n"
+
+
+def test_only_public_names_are_read_and_old_escapes_warn_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    module = "__all__ = ['shown', '_private']\nPATTERN = '\\d'\n"
+    for name in ("shown", "hidden", "_private"):
+        module += f"def {name}():\n    'Does what {name} does.'\n"
+    for name in ("one.py", "_two.py", "turtle.py", "test/three.py", "site-packages/four.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(module)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert list(_python_docstrings()) == [("one.shown", "Does what shown does.")]
+    assert not recwarn.list
 
 
 def test_there_are_as_many_rows_as_the_quickstart_says() -> None:

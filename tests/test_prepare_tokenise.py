@@ -166,6 +166,16 @@ def test_a_control_token_not_marked_special_stays_text_too() -> None:
     assert encoder.rows([messages])[0][0] == whole_ids(tokenizer, messages)
 
 
+def test_a_generation_prompt_that_ends_within_a_heading_leaves_it_whole() -> None:
+    names = ["<|user|>", "<|assistant|>", "<|end|>"]
+    template = PHI.replace("'<|assistant|>\\n'", "'<|assistant|>'")
+    tokenizer = byte_level(template, [AddedToken(name, special=True, rstrip=True) for name in names])
+    messages = chat("what is", "the end")
+    [(ids, mask)] = ChatEncoder(tokenizer).rows([messages])
+    assert ids == whole_ids(tokenizer, messages)
+    assert supervised_texts(tokenizer, ids, mask) == ["the end<|end|>"]
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_tokenizer_that_writes_a_blank_first_is_encoded_as_a_whole_would_be(legacy: bool) -> None:
     tokenizer = sentence_piece(INST, legacy)
@@ -268,6 +278,17 @@ def test_a_prompt_is_the_template_s_generation_prompt(tokenizer: PreTrainedToken
     assert encode_prompt(tokenizer, messages) == expected
     assert encode_prompt(tokenizer, messages[:1]) == expected
     assert encode_prompt(TokenizerWrapper(tokenizer), messages) == expected
+
+
+def test_mlx_lm_s_wrapper_does_not_change_a_prompt() -> None:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    template = "{% if enable_thinking is defined %}{{ 'think: ' ~ enable_thinking }}{% endif %}" + CHATML
+    tokenizer = byte_level(
+        template, [AddedToken("<think>", special=False), AddedToken("</think>", special=False)]
+    )
+    messages = chat("hello world", "Return a copy.")
+    assert encode_prompt(TokenizerWrapper(tokenizer), messages) == encode_prompt(tokenizer, messages)
 
 
 def test_a_tokenizer_that_cannot_be_had_in_pieces_is_refused(

@@ -59,7 +59,8 @@ def _detect(row: Mapping[str, Any]) -> str:
             continue
         known = (*form.required, *form.optional)
         if unknown := [key for key in row if key not in known]:
-            raise BadRowError(f"has {_unknown(unknown, known)}; a '{name}' row takes {', '.join(known)}")
+            taken = f"a '{name}' row takes {', '.join(known)}"
+            raise BadRowError(f"has {_unknown(unknown, known)}; {taken}: remove what is more")
         return name
     forms = "; ".join("+".join(form.required) for form in FORMATS.values())
     keys = ", ".join(f"'{key}'" for key in row) or "no keys"
