@@ -145,11 +145,14 @@ def search(
 
 
 @app.command(group=LOOK)
-def ui(*, port: int = 5000) -> None:
+def ui(config: Config | None = None, /, *, port: int = 5000) -> None:
     """Open the MLflow UI on this machine: runs, curves, comparisons, registered models."""
     from flows.ui import open_ui
+    from tasks.tracking import tracking_uri
 
-    open_ui(port)
+    uri = tracking_uri(_load(config, []).tracking)
+    with _screen():
+        open_ui(port, uri)
 
 
 @app.command(group=OPERATE)

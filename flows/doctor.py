@@ -19,6 +19,7 @@ from tasks.progress import progress
 GB = 10**9
 TIGHT_MEMORY_BYTES = 4 * GB
 TIGHT_DISK_BYTES = 5 * GB
+TRIAL_ROWS = 10
 SLOW_PRODUCT = 20.0  # GFLOP/s; reference BLAS gives about 5, OpenBLAS on two cores about 150
 
 
@@ -177,6 +178,34 @@ def base_model(settings: Settings) -> Finding:
     return Finding(f"{folder.name}, {len(loaded.model.layers)} layers, in {folder.path}")
 
 
+def data_rows(settings: Settings) -> Finding:
+    """The data is read, and its rows become tokens of the base model."""
+    from tasks.models.resolve import resolve_model
+    from tasks.prepare.pipeline import REPORT_FILE, prepare_data
+
+    report = prepare_data(settings.data, resolve_model(settings.model)).read_json(REPORT_FILE)
+    return Finding(f"{report['rows_used']:,} of {report['rows_read']:,} rows of {report['source']} used")
+
+
+def trial_step(settings: Settings) -> Finding:
+    """One update on the first ten training rows gives a finite loss."""
+    from tasks.models.load import load_model
+    from tasks.models.resolve import resolve_model
+    from tasks.prepare.pipeline import prepare_data
+    from tasks.prepare.splits import load_splits
+    from tasks.train.adapters import adapter_config, add_adapter
+    from tasks.train.loop import fit
+
+    folder = resolve_model(settings.model)
+    rows = load_splits(prepare_data(settings.data, folder).path)["train"].first(TRIAL_ROWS)
+    network = load_model(folder.path).model
+    one_step = settings.train.model_copy(update={"max_steps": 1, "batch_size": TRIAL_ROWS})
+    add_adapter(network, adapter_config(one_step, len(network.layers)), one_step.seed)
+    training = fit(network, rows, rows, one_step, lambda step, metrics: None)
+    before, after = training.val_loss_before, training.best_val_loss
+    return Finding(f"{len(rows)} rows, loss {before:.3f} then {after:.3f}, {training.seconds:.1f} s")
+
+
 LOOKS: dict[str, Look] = {
     "Python": Look(python_version, "use Python 3.11, 3.12 or 3.13"),
     "packages": Look(package_versions, "install the versions of requirements.lock: 'make setup'"),
@@ -187,6 +216,8 @@ LOOKS: dict[str, Look] = {
     "MLflow": Look(mlflow_store, "see tracking.uri and MLFLOW_TRACKING_URI; is the store locked or damaged?"),
     "Prefect": Look(prefect_server, "install the versions of requirements.lock: 'make setup'"),
     "model": Look(base_model, "see model.source"),
+    "data": Look(data_rows, "see data.source"),
+    "trial step": Look(trial_step, "see the train settings: 'tunesmith show'"),
 }
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_prepare_tokenise import CHATML, byte_level, save_model
 
-from tasks.config import DataSettings
+from tasks.config import DataSettings, Settings
 from tasks.errors import InputError
 from tasks.models.folder import ModelFolder
 from tasks.prepare import pipeline, prepare
@@ -24,6 +24,7 @@ from tasks.prepare.rows import Row, hash_share
 from tasks.prepare.splits import SPLITS, load_splits
 from tasks.prepare.tokenise import encode_prompt, load_tokenizer
 from tasks.publish import StepOutput
+from tasks.tracking import mlflow_run
 
 Pair = tuple[str, str]
 
@@ -298,9 +299,13 @@ def test_equal_inputs_give_equal_bytes(
     assert contents[0] == contents[1]
 
 
-def test_the_task_is_one_call_into_plain_python(tmp_path: Path, model: ModelFolder) -> None:
+def test_the_report_and_the_unused_rows_are_logged_to_the_run(tmp_path: Path, model: ModelFolder) -> None:
     data = DataSettings(source=write(tmp_path / "rows.jsonl", numbered(20)))
-    assert prepare.fn(data, model).path == prepare_data(data, model).path
+    with mlflow_run(Settings(), "a run", {}) as run:
+        output = prepare.fn(data, model, run)
+    assert run.client.get_run(run.id).data.tags["tunesmith.data"] == output.fingerprint
+    kept = {path.path for path in run.client.list_artifacts(run.id, "data")}
+    assert kept == {"data/report.json", "data/rejected.jsonl"}
 
 
 def test_the_built_in_rows_prepare_and_say_which_python(model: ModelFolder) -> None:

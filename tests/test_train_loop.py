@@ -187,6 +187,15 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path, spoil: object, message: st
         load_adapter(tiny_network(), tmp_path)
 
 
+def test_a_folder_without_an_adapter_and_other_kinds_of_tuning_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no adapter_config\.json"):
+        load_adapter(tiny_network(), tmp_path)
+    config = adapter_config(TrainSettings(num_layers=2), 4) | {"fine_tune_type": "full"}
+    save_adapter(tmp_path, adapter_weights(tiny_network(TrainSettings(num_layers=2))), config)
+    with pytest.raises(InputError, match="fine_tune_type = 'full'"):
+        load_adapter(tiny_network(), tmp_path)
+
+
 def test_more_layers_than_the_model_has_are_refused_and_minus_one_means_all() -> None:
     with pytest.raises(InputError, match="the model has 4 layers"):
         adapter_config(TrainSettings(num_layers=5), 4)

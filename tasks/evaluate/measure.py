@@ -65,7 +65,6 @@ def _answers(
 ) -> dict[str, Any]:
     """Greedy answers to the rows' last questions, and their scores."""
     from tasks.evaluate.text_metrics import chrf, exact_match
-
     from tasks.prepare.tokenise import encode_prompt
 
     prompts = [encode_prompt(loaded.tokenizer, row["messages"]) for row in rows]

@@ -46,7 +46,7 @@ def _fuse(draft: Path, settings: FuseSettings, model: Path, adapter: Path, data:
     from tasks.models.load import load_model
     from tasks.train.adapters import load_adapter
 
-    rows = _first_rows(load_splits(data.path)["test"], PROOF_ROWS)
+    rows = load_splits(data.path)["test"].first(PROOF_ROWS)
     with progress("fusing"):
         loaded = load_model(model)
         load_adapter(loaded.model, adapter)
@@ -102,7 +102,3 @@ def _loss(network: nn.Module, rows: TokenRows) -> float:
     from tasks.train.loss import mean_loss
 
     return mean_loss(network, rows, PROOF_ROWS, "fused against adapter")
-
-
-def _first_rows(rows: TokenRows, count: int) -> TokenRows:
-    return TokenRows.from_rows([rows.row(i) for i in range(min(count, len(rows)))])  # type: ignore[misc]

@@ -48,6 +48,11 @@ class TokenRows:
         """(rows,) tokens in each row."""
         return np.diff(self.offsets)
 
+    def first(self, count: int) -> TokenRows:
+        """The first `count` rows, or all when there are fewer."""
+        offsets = self.offsets[: count + 1]
+        return TokenRows(self.tokens[: offsets[-1]], offsets, self.supervised[: offsets[-1]])
+
     def row(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Token ids and supervision of one row, (length,) each."""
         span = slice(self.offsets[index], self.offsets[index + 1])

@@ -10,10 +10,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from tasks.config import TrainSettings
 from tasks.errors import InputError
+from tasks.models.mlx_lm_import import import_mlx_lm
+from tasks.models.safety import check_safetensors
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -48,8 +49,7 @@ def add_adapter(model: nn.Module, config: dict[str, Any], seed: int) -> None:
     A is uniform in ±1/√(input width), drawn from `seed` in the order of the sorted names; B is
     zero, so that the model's output is unchanged (Hu et al. 2021, arXiv:2106.09685).
     """
-    model.freeze()
-    linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"])
+    _wrap_in_lora(model, config)
     down = {name: array for name, array in adapter_weights(model).items() if name.endswith("lora_a")}
     keys = mx.random.split(mx.random.key(seed), len(down))
     drawn = []
@@ -79,12 +79,12 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """Put a saved adapter onto its base model, every tensor accounted for.
 
     Raises:
-        InputError: names, shapes or finiteness are not what the adapter's own config implies
-            (mlx-lm loads such files without a word).
+        InputError: it is no LoRA adapter, or names, shapes or finiteness are not what its own config
+            implies (mlx-lm loads such files without a word).
     """
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    model.freeze()
-    linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"])
+    config = _read_config(folder)
+    check_safetensors(folder / WEIGHTS_FILE)
+    _wrap_in_lora(model, config)
     expected = adapter_weights(model)
     weights: dict[str, mx.array] = mx.load(str(folder / WEIGHTS_FILE))  # type: ignore[assignment]
     if odd := sorted(set(expected) ^ set(weights)):
@@ -98,3 +98,24 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             raise InputError(f"{folder / WEIGHTS_FILE}: {name} holds NaN or infinity; train again")
     model.load_weights(list(weights.items()), strict=False)
     model.eval()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: has no {name}; give an adapter folder as mlx_lm writes it")
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{folder / CONFIG_FILE}: not JSON ({error})") from None
+    if (kind := config.get("fine_tune_type", "lora")) != "lora":
+        raise InputError(f"{folder / CONFIG_FILE}: fine_tune_type = '{kind}'; only 'lora' can be loaded")
+    return config
+
+
+def _wrap_in_lora(model: nn.Module, config: dict[str, Any]) -> None:
+    import_mlx_lm()
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model.freeze()
+    linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"])
