@@ -105,12 +105,12 @@ def next_fire_times(cron: str, timezone: str, count: int = 3) -> list[datetime]:
 
     try:
         planned = CronSchedule(cron=cron, timezone=timezone)
-        times = asyncio.run(planned.get_dates(count))
     except ValueError:
         raise InputError(f"cron '{cron}': not a cron expression; write one such as {CRON_EXAMPLE}") from None
-    if not times:
-        raise InputError(f"cron '{cron}': never comes true; write one such as {CRON_EXAMPLE}")
-    return list(times)
+    try:
+        return list(asyncio.run(planned.get_dates(count)))
+    except ValueError:
+        raise InputError(f"cron '{cron}': never comes true; write one such as {CRON_EXAMPLE}") from None
 
 
 def lasting_api() -> str:

@@ -106,11 +106,22 @@ def test_a_second_up_finds_the_first_server(
     assert "up already" in caplog.text
 
 
-def test_two_ups_at_the_same_time_start_one_server(home: Path, stand_in: Callable[[str], None]) -> None:
+def test_two_ups_at_the_same_time_start_one_server(
+    home: Path, stand_in: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     stand_in(HEALTHY)
+    start, started = server._start_supervisor, []
+
+    def count(port: int) -> subprocess.Popen[bytes]:
+        started.append(start(port))
+        return started[-1]
+
+    monkeypatch.setattr(server, "_start_supervisor", count)
     with ThreadPoolExecutor(4) as pool:
         states = list(pool.map(lambda _: up(47150), range(4)))
-    assert len({state.pid for state in states}) == 1
+    for supervisor in started[1:]:
+        supervisor.terminate()
+    assert {state.pid for state in states} == {supervisor.pid for supervisor in started}
 
 
 def test_a_taken_port_is_left_alone(
@@ -142,7 +153,7 @@ def test_a_server_that_dies_is_started_again(home: Path, stand_in: Callable[[str
 def test_up_waits_for_a_server_that_is_being_started_again(
     home: Path, stand_in: Callable[[str], None]
 ) -> None:
-    stand_in(HEALTHY)
+    stand_in(f"import time; time.sleep(0.7){HEALTHY}")
     first = up(free_port(47250))
     psutil.Process(first.server_pid).kill()
     time.sleep(0.3)
