@@ -106,8 +106,8 @@ def show(config: Config | None = None, overrides: Overrides | None = None, /) ->
 def finetune(config: Config, overrides: Overrides | None = None, /) -> None:
     """Prepare, train, evaluate, fuse, register, report: one fine-tune as CONFIG says."""
     settings = _load(config, overrides)
-    with _screen(settings) as shown:
-        with _prefect():
+    with _screen() as shown:
+        with _prefect(settings):
             from flows.finetune import finetune as flow
         outcome = flow(settings)
     from flows.tables import print_outcome
@@ -135,8 +135,8 @@ def search(
     given += [f"search.budget={budget}"] if budget is not None else []
     settings = _load(config, [*(overrides or []), *given])
     _check_budget(settings)
-    with _screen(settings) as shown:
-        with _prefect():
+    with _screen() as shown:
+        with _prefect(settings):
             from flows.hypersearch import hypersearch
         outcome = hypersearch(settings)
     from flows.tables import print_search
@@ -171,11 +171,14 @@ def schedule(
     cron: when, for example "0 2 * * *" for two o'clock every night
     timezone: of the cron expression, for example Europe/Berlin; this machine's by default
     """
+    from flows.prefect_environment import prepare_prefect
     from flows.schedule import schedule as serve
 
-    _check(_load(config, overrides))
+    settings = _load(config, overrides)
     with _screen():
-        serve(config, overrides or [], cron, timezone)
+        prepare_prefect(quiet=False)
+        _check(settings)
+        serve(settings, config.stem, cron, timezone)
 
 
 @app.command(group=OPERATE)
@@ -219,29 +222,27 @@ def _check_budget(settings: Settings) -> None:
 
 
 @contextmanager
-def _screen(settings: Settings | None = None) -> Iterator[Screen]:
-    """Progress and messages on the terminal; faulty settings are refused before anything starts."""
+def _screen() -> Iterator[Screen]:
+    """Progress and messages of the block on the terminal."""
     from flows.display import screen
+    from tasks.process import blas_advice
 
     with screen() as shown:
-        if settings is not None:
-            from tasks.process import blas_advice
-
-            _check(settings)
-            if advice := blas_advice():
-                shown.line(f"[yellow]{advice}")
+        if advice := blas_advice():
+            shown.line(f"[yellow]{advice}")
         yield shown
 
 
 @contextmanager
-def _prefect() -> Iterator[None]:
-    """Import a flow in this block, with Prefect quiet and its server found or started; shows the wait."""
+def _prefect(settings: Settings) -> Iterator[None]:
+    """Import a flow in this block; faulty settings are refused before a Prefect server is woken."""
     from flows.prefect_environment import prepare_prefect, wake_server
     from tasks.progress import progress
 
     found = prepare_prefect(quiet=True)
     with progress("starting Prefect" if found else "starting Prefect (sooner after 'tunesmith up')"):
         yield
+        _check(settings)
         wake_server()
 
 

@@ -60,7 +60,7 @@ class Screen:
     @contextmanager
     def bar(self, title: str, total: float | None) -> Iterator[Bar]:
         """Show a bar until the block ends; leave a line behind when it took more than two seconds."""
-        if not self._progress.tasks:
+        if self.console.is_terminal and not self._progress.tasks:
             self._progress.start()
         task = self._progress.add_task(title, total=total, note="")
         bar = _Bar(self._progress, task)

@@ -11,6 +11,7 @@ from pathlib import Path
 import prefect.runtime.flow_run
 from prefect import flow
 
+from flows.prefect_environment import log_our_steps
 from tasks.config import Settings
 from tasks.evaluate import evaluate
 from tasks.fuse import fuse
@@ -35,6 +36,7 @@ class Outcome:
 @flow(name="finetune", flow_run_name=lambda: run_name(_parameter()), validate_parameters=True)
 def finetune(settings: Settings) -> Outcome:
     """Fine-tune a language model and keep everything that is learnt about it."""
+    log_our_steps()
     with mlflow_run(settings, run_name(settings), prefect_tags()) as run:
         model = import_model(settings.model)
         data = prepare(settings.data, model, run)

@@ -10,15 +10,14 @@ import asyncio
 import os
 import signal
 import zoneinfo
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.prefect_environment import prepare_prefect
 from flows.server import up
-from tasks.config import load_settings
+from tasks.config import Settings
 from tasks.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,29 +26,27 @@ if TYPE_CHECKING:
 CRON_EXAMPLE = "'0 2 * * *' (minute hour day month weekday: every night at two)"
 
 
-def schedule(config: Path, overrides: Sequence[str], cron: str, timezone: str | None = None) -> None:
+def schedule(settings: Settings, name: str, cron: str, timezone: str | None = None) -> None:
     """Serve the finetune flow on a cron schedule until Ctrl-C or SIGTERM.
 
     Args:
-        config: YAML file of settings; its stem names the deployment.
-        overrides: `section.key=value` laid over the file.
+        settings: of every run.
+        name: of the deployment.
         cron: five fields, minute hour day month weekday.
         timezone: an IANA name such as Europe/Berlin; the machine's own by default.
 
     Raises:
-        InputError: the expression, the time zone or the settings are wrong; nothing was started.
+        InputError: the expression or the time zone is wrong; nothing was started.
         StepError: the local server did not come up.
         SystemExit: always in the end, with 130 after Ctrl-C and 143 after SIGTERM.
     """
-    prepare_prefect(quiet=False)
     zone = timezone or local_timezone()
     next_fire_times(cron, zone)
-    settings = load_settings(config, overrides)
     api_url = lasting_api()
     from flows.finetune import finetune
 
     parameters = {"settings": settings.model_dump(mode="json", by_alias=True)}
-    serve(finetune, config.stem, cron, zone, parameters, api_url)
+    serve(finetune, name, cron, zone, parameters, api_url)
 
 
 def serve(
