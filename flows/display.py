@@ -69,7 +69,7 @@ class Screen:
             yield bar
         finally:
             self._progress.remove_task(task)
-            if not self._progress.tasks:
+            if self.console.is_terminal and not self._progress.tasks:
                 self._progress.stop()
         seconds = time.perf_counter() - started
         if seconds > WORTH_A_LINE_S:

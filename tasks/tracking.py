@@ -137,13 +137,13 @@ def mlflow_run(
         known["mlflow.parentRunId"] = parent.id
     opened = client.create_run(experiment_id, tags=known, run_name=name)
     run = Run(opened.info.run_id, uri, experiment_id)
-    status = "FAILED"
+    status = "FINISHED"
     try:
         run.log_params(flatten(settings))
         yield run
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
+    except BaseException as error:
+        # Ctrl-C, exit and Prefect's termination signal are no Exceptions.
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
     finally:
         run.flush()

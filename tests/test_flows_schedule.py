@@ -20,6 +20,7 @@ import pytest
 from flows import schedule as module
 from flows.schedule import local_timezone, next_fire_times, schedule
 from flows.server import ServerState, down, free_port, up
+from tasks.config import Settings
 from tasks.errors import InputError
 from tasks.home import CHECKOUT
 
@@ -56,19 +57,17 @@ def test_the_machines_own_time_zone_is_the_default(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("cron", "override", "named"),
-    [("every night", "train.rank=8", "every night"), ("0 2 * * *", "train.rnak=8", "train.rank")],
+    ("cron", "timezone", "named"),
+    [("every night", "UTC", "every night"), ("0 2 * * *", "Mars/Olympus", "Mars/Olympus")],
 )
 def test_nothing_starts_on_wrong_input(
-    cron: str, override: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cron: str, timezone: str, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[str] = []
     monkeypatch.setattr(module, "up", lambda: started.append("server"))
     monkeypatch.setattr(module, "lasting_api", lambda: started.append("server"))
-    config = tmp_path / "nightly.yaml"
-    config.write_text("train: {rank: 4}\n", encoding="utf-8")
     with pytest.raises(InputError, match=named):
-        schedule(config, [override], cron, "UTC")
+        schedule(Settings(), "nightly", cron, timezone)
     assert not started
 
 

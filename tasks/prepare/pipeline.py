@@ -93,7 +93,8 @@ def _make(folder: Path, data: DataSettings, model: ModelFolder) -> None:
     report |= {"rows_moved_to_fill_a_split": moved, "template": encoder.template.name}
     shown = [sample(done.rows[i], encoder, *done.tokens[i]) for i in places["train"][:SAMPLES]]
     write_json(folder / REPORT_FILE, {**report, "samples": shown})
-    log.info("prepare: %d rows read, %d used", len(read), len(done.rows))
+    counts = ", ".join(f"{len(splits[name]):,} {name}" for name in SPLITS)
+    log.info("prepare: %s rows read, used: %s", f"{len(read):,}", counts)
 
 
 def _read(data: DataSettings) -> list[Row]:
