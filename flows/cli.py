@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,7 @@ def show(config: Config | None = None, overrides: Overrides | None = None, /) ->
 @app.command(name="finetune", group=TRAIN)
 def finetune(config: Config, overrides: Overrides | None = None, /) -> None:
     """Prepare, train, evaluate, fuse, register, report: one fine-tune as CONFIG says."""
+    started = time.perf_counter()
     settings = _load(config, overrides)
     with _screen() as shown:
         with _prefect(settings):
@@ -112,7 +114,7 @@ def finetune(config: Config, overrides: Overrides | None = None, /) -> None:
         outcome = flow(settings)
     from flows.tables import print_outcome
 
-    print_outcome(shown.console, outcome)
+    print_outcome(shown.console, outcome, time.perf_counter() - started)
 
 
 @app.command(group=TRAIN)

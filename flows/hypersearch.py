@@ -12,7 +12,7 @@ from prefect import flow
 
 from flows.finetune import prefect_tags
 from search.budget import parse_budget
-from search.study import Trial, best_trial, create_study, run_trials
+from search.study import Trained, Trial, best_trial, create_study, run_trials
 from tasks.config import Settings, TrainSettings
 from tasks.models import import_model
 from tasks.prepare import prepare
@@ -55,14 +55,15 @@ def hypersearch(settings: Settings) -> SearchOutcome:
         def price(proposal: TrainSettings) -> int:
             return estimate_memory(proposal, model, data).peak_bytes
 
-        def train_trial(proposal: TrainSettings, number: int) -> float:
+        def train_trial(proposal: TrainSettings, number: int) -> Trained:
             trial = settings.model_copy(update={"train": proposal})
             tags = {**prefect_tags(), "optuna.study": name, "optuna.trial": str(number)}
             with mlflow_run(trial, f"trial-{number}", tags, parent) as run:
                 run.report(0, {"predicted_memory": price(proposal) / 1e9})
                 named = train.with_options(task_run_name=f"trial-{number}")
                 adapter = named(proposal, model, data, run)
-                return float(adapter.read_json(TRAINING_FILE)["best_val_loss"])
+                loss = adapter.read_json(TRAINING_FILE)["best_val_loss"]
+                return Trained(loss, {"mlflow.run_id": run.id, "adapter": str(adapter.path)})
 
         trials = run_trials(study, settings, budget_bytes, price, train_trial)
         outcome = SearchOutcome(name, trials, budget_bytes, parent)

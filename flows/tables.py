@@ -41,8 +41,8 @@ def print_check(console: Console, check: Check) -> None:
         console.print(f"  {'':<16} [yellow]{check.advice}", highlight=False, soft_wrap=True)
 
 
-def print_outcome(console: Console, outcome: Outcome) -> None:
-    """The summary of a finetune: figures, two samples, where everything is, what to do next."""
+def print_outcome(console: Console, outcome: Outcome, seconds: float) -> None:
+    """The summary of a finetune that took `seconds`: figures, samples, places, what to do next."""
     from tasks.train.step import TRAINING_FILE
 
     finished = outcome.finished
@@ -61,8 +61,8 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
     console.print()
     console.print(table)
     console.print(
-        f"{training['steps']} steps in {training['seconds']:.0f} s, "
-        f"{training['trainable_parameters'] / 1e6:.2f}M trainable parameters, "
+        f"{_duration(seconds)} in all; trained {training['steps']} steps in {_duration(training['seconds'])}: "
+        f"{training['trainable_parameters'] / 1e6:.2f}M parameters, "
         f"peak memory {training['peak_memory']:.2f} GB",
         highlight=False,
     )
@@ -150,6 +150,11 @@ def _print_commands(console: Console, commands: dict[str, str]) -> None:
     console.print()
     for what, command in commands.items():
         console.print(f"{what:<12} [cyan]{_escaped(command)}", highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def _escaped(text: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import optuna
@@ -21,6 +21,19 @@ log = logging.getLogger(__name__)
 
 PROPOSALS_A_TRIAL = 10
 """The search ends after this many proposals for each trial wanted, trained or not."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training a proposal gave.
+
+    Attributes:
+        val_loss: of the best adapter.
+        links: attributes of the Optuna trial that lead to its runs elsewhere.
+    """
+
+    val_loss: float
+    links: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,23 +71,25 @@ def run_trials(
     settings: Settings,
     budget_bytes: int,
     price: Callable[[TrainSettings], int],
-    train: Callable[[TrainSettings, int], float],
+    train: Callable[[TrainSettings, int], Trained],
 ) -> list[Trial]:
     """Run `settings.search.trials` trials, lowest validation loss wanted; proposals over budget are extra.
 
     Args:
         price: predicts the peak memory of a proposal, in bytes.
-        train: trains a proposal, given its number, and returns its validation loss.
+        train: trains a proposal, given its number.
     """
     trials: list[Trial] = []
     wanted = settings.search.trials
     with progress("search", total=wanted) as bar:
-        while (
-            _count(trials, "over budget", others=True) < wanted and len(trials) < wanted * PROPOSALS_A_TRIAL
-        ):
-            trials.append(_run_trial(study, settings, budget_bytes, price, train))
-            if trials[-1].state != "over budget":
+        for _ in range(wanted * PROPOSALS_A_TRIAL):
+            trial = _run_trial(study, settings, budget_bytes, price, train)
+            trials.append(trial)
+            if trial.state != "over budget":
                 bar.advance(1, _best_note(trials))
+                wanted -= 1
+            if not wanted:
+                break
     return trials
 
 
@@ -89,7 +104,7 @@ def _run_trial(
     settings: Settings,
     budget_bytes: int,
     price: Callable[[TrainSettings], int],
-    train: Callable[[TrainSettings, int], float],
+    train: Callable[[TrainSettings, int], Trained],
 ) -> Trial:
     """Ask for one proposal and tell the study what became of it."""
     asked = study.ask()
@@ -101,7 +116,7 @@ def _run_trial(
         study.tell(asked, state=optuna.trial.TrialState.PRUNED)
         return Trial(asked.number, proposal, predicted, "over budget")
     try:
-        loss = train(proposal, asked.number)
+        trained = train(proposal, asked.number)
     except StepError as error:
         log.warning("trial %d failed: %s", asked.number, error)
         study.tell(asked, state=optuna.trial.TrialState.FAIL)
@@ -109,12 +124,10 @@ def _run_trial(
     except BaseException:
         study.tell(asked, state=optuna.trial.TrialState.FAIL)
         raise
-    study.tell(asked, loss)
-    return Trial(asked.number, proposal, predicted, "trained", loss)
-
-
-def _count(trials: list[Trial], state: str, others: bool) -> int:
-    return sum((trial.state == state) != others for trial in trials)
+    for name, value in trained.links.items():
+        asked.set_user_attr(name, value)
+    study.tell(asked, trained.val_loss)
+    return Trial(asked.number, proposal, predicted, "trained", trained.val_loss)
 
 
 def _best_note(trials: list[Trial]) -> str:

@@ -8,7 +8,7 @@ import optuna
 import pytest
 
 from search.budget import parse_budget
-from search.study import best_trial, create_study, run_trials
+from search.study import Trained, best_trial, create_study, run_trials
 from tasks.config import Settings, TrainSettings, load_settings
 from tasks.errors import InputError, StepError
 
@@ -21,8 +21,8 @@ def price(proposal: TrainSettings) -> int:
     return proposal.num_layers * 10**9
 
 
-def loss(proposal: TrainSettings, number: int) -> float:
-    return abs(proposal.learning_rate - 3e-4) * 1000
+def loss(proposal: TrainSettings, number: int) -> Trained:
+    return Trained(abs(proposal.learning_rate - 3e-4) * 1000, {"mlflow.run_id": f"run-{number}"})
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_other_budgets_are_refused_with_an_example(text: str) -> None:
 def test_a_proposal_over_the_budget_is_never_trained_and_is_infeasible_in_optuna() -> None:
     trained: list[int] = []
 
-    def train(proposal: TrainSettings, number: int) -> float:
+    def train(proposal: TrainSettings, number: int) -> Trained:
         trained.append(proposal.num_layers)
         return loss(proposal, number)
 
@@ -65,7 +65,7 @@ def test_a_budget_that_nothing_fits_ends_instead_of_proposing_for_ever() -> None
 
 
 def test_a_failed_trial_is_told_and_the_study_goes_on() -> None:
-    def train(proposal: TrainSettings, number: int) -> float:
+    def train(proposal: TrainSettings, number: int) -> Trained:
         if number == 0:
             raise StepError("loss nan")
         return loss(proposal, number)
@@ -77,10 +77,11 @@ def test_a_failed_trial_is_told_and_the_study_goes_on() -> None:
     best = best_trial(trials)
     assert best is not None
     assert best.number == study.best_trial.number
+    assert study.best_trial.user_attrs["mlflow.run_id"] == f"run-{best.number}"
 
 
 def test_an_interrupted_trial_is_not_left_running() -> None:
-    def train(proposal: TrainSettings, number: int) -> float:
+    def train(proposal: TrainSettings, number: int) -> Trained:
         raise KeyboardInterrupt
 
     study = create_study("interrupted", settings(3))
