@@ -61,8 +61,8 @@ def print_outcome(console: Console, outcome: Outcome, seconds: float) -> None:
     console.print()
     console.print(table)
     console.print(
-        f"{_duration(seconds)} in all; trained {training['steps']} steps in {_duration(training['seconds'])}: "
-        f"{training['trainable_parameters'] / 1e6:.2f}M parameters, "
+        f"{_duration(seconds)} in all; {training['steps']} steps in {_duration(training['seconds'])}, "
+        f"{training['trainable_parameters'] / 1e6:.2f}M trainable parameters, "
         f"peak memory {training['peak_memory']:.2f} GB",
         highlight=False,
     )
