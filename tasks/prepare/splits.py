@@ -48,6 +48,10 @@ class TokenRows:
         """(rows,) tokens in each row."""
         return np.diff(self.offsets)
 
+    def most_supervised(self) -> int:
+        """Supervised tokens in the row that has most of them."""
+        return int(np.add.reduceat(self.supervised, self.offsets[:-1], dtype=np.int64).max())
+
     def first(self, count: int) -> TokenRows:
         """The first `count` rows, or all when there are fewer."""
         offsets = self.offsets[: count + 1]
