@@ -12,6 +12,7 @@ from prefect import flow
 
 from flows.finetune import prefect_tags
 from search.budget import parse_budget
+from search.space import check_space
 from search.study import Trained, Trial, best_trial, create_study, run_trials
 from tasks.config import Settings, TrainSettings
 from tasks.models import import_model
@@ -49,6 +50,7 @@ def hypersearch(settings: Settings) -> SearchOutcome:
     budget_bytes = parse_budget(settings.search.budget, free_memory())
     with mlflow_run(settings, name, {**prefect_tags(), "optuna.study": name}) as parent:
         model = import_model(settings.model)
+        check_space(settings, model.language_config()["num_hidden_layers"])
         data = prepare(settings.data, model, parent)
         study = create_study(name, settings)
 

@@ -5,6 +5,20 @@ from __future__ import annotations
 import optuna
 
 from tasks.config import Settings, TrainSettings
+from tasks.errors import InputError
+
+
+def check_space(settings: Settings, layers_in_model: int) -> None:
+    """Refuse a space that the model does not have, before the first trial rather than in the night.
+
+    Raises:
+        InputError: `search.num_layers` holds more layers than the model.
+    """
+    if (most := max(settings.search.num_layers)) > layers_in_model:
+        raise InputError(
+            f"search.num_layers holds {most}: the model has {layers_in_model} layers; "
+            f"give numbers up to {layers_in_model}, or -1 for all"
+        )
 
 
 def suggest(trial: optuna.Trial, settings: Settings) -> TrainSettings:

@@ -8,6 +8,7 @@ import optuna
 import pytest
 
 from search.budget import parse_budget
+from search.space import check_space
 from search.study import Trained, best_trial, create_study, run_trials
 from tasks.config import Settings, TrainSettings, load_settings
 from tasks.errors import InputError, StepError
@@ -88,6 +89,12 @@ def test_an_interrupted_trial_is_not_left_running() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_trials(study, settings(3), 10**12, price, train)
     assert [trial.state for trial in study.trials] == [optuna.trial.TrialState.FAIL]
+
+
+def test_more_layers_than_the_model_has_are_refused_before_the_first_trial() -> None:
+    with pytest.raises(InputError, match="holds 16: the model has 4 layers"):
+        check_space(Settings(), layers_in_model=4)
+    check_space(load_settings(None, ["search.num_layers=[-1, 4]"]), layers_in_model=4)
 
 
 def test_proposals_stay_in_the_space_and_keep_the_other_settings(home: Path) -> None:

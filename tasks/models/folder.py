@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,3 +23,8 @@ class ModelFolder:
     name: str
     fingerprint: str
     source: str
+
+    def language_config(self) -> dict[str, Any]:
+        """`config.json`; of a model that also sees, the part that describes its language model."""
+        config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return {**config, **config.get("text_config", {})}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +42,7 @@ def estimate_memory(settings: TrainSettings, model: ModelFolder, data: StepOutpu
     backward pass about ten arrays of the hidden width, five of the inner width and two of
     attention scores; a layer that is not adapted keeps none.
     """
-    config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
+    config = model.language_config()
     hidden, inner, layers = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     heads = config["num_attention_heads"]
     splits = load_splits(data.path)
