@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -97,7 +98,11 @@ class RegisterSettings(Section):
     """The MLflow model registry."""
 
     enabled: bool = True
-    name: str | None = Field(None, description="registered model; by default base model and data, joined")
+    name: str | None = Field(
+        None,
+        pattern=r"^[^/:'\"]+$",
+        description="registered model; by default base model and data, joined",
+    )
     promote: Literal["if-better", "always", "never"] = Field("if-better", description="when @champion moves")
 
 
@@ -199,8 +204,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def flatten(settings: Settings) -> dict[str, Any]:
-    """The settings as one level of dotted keys, the form of MLflow's params and of overrides."""
-    return dict(_leaves(settings.model_dump(mode="json", by_alias=True)))
+    """The settings as one level of dotted keys, the form of MLflow's params and of overrides.
+
+    User and password in an address become `***`: params and reports are read by others.
+    """
+    flat = dict(_leaves(settings.model_dump(mode="json", by_alias=True)))
+    return {
+        key: CREDENTIALS.sub("://***@", value) if isinstance(value, str) else value
+        for key, value in flat.items()
+    }
 
 
 def changed(settings: Settings) -> dict[str, Any]:
@@ -215,6 +227,7 @@ def describe() -> dict[str, str]:
 
 
 EXAMPLE = "flows/configs/quickstart.yaml"
+CREDENTIALS = re.compile(r"://[^/@]*@")
 
 
 class _Twice(yaml.MarkedYAMLError):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.config import Settings, TrackingSettings, flatten
+from tasks.config import CREDENTIALS, Settings, TrackingSettings, flatten
 from tasks.home import runs_dir
 
 if TYPE_CHECKING:
@@ -156,4 +156,4 @@ def check_store(settings: TrackingSettings) -> str:
     probe = client.create_run(experiment_id, run_name="doctor")
     client.log_metric(probe.info.run_id, "probe", 1.0)
     client.delete_run(probe.info.run_id)
-    return uri.split("@")[-1]
+    return CREDENTIALS.sub("://***@", uri)

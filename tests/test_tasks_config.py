@@ -45,6 +45,7 @@ def test_every_shipped_config_loads_and_says_how_to_run_it(config: Path) -> None
         ("train.rank.x=3", "train.rank"),
         ("search.learning_rate.low=1", r"low \(1\) must be below high \(0.001\)"),
         ("train.rank=[", "not YAML"),
+        ("register.name=it's/mine", "register.name"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_to_do(override: str, message: str) -> None:
@@ -87,6 +88,13 @@ def test_a_source_beside_the_config_is_found_from_any_working_directory(
 def test_settings_survive_the_trip_through_json_that_prefect_makes() -> None:
     settings = load_settings(None, ["train.rank=3", "register.name=x", "search.rank=[1, 2]"])
     assert Settings.model_validate(settings.model_dump(mode="json", by_alias=True)) == settings
+
+
+def test_passwords_in_addresses_are_not_shown() -> None:
+    settings = load_settings(None, ["tracking.uri=postgresql://me:secret@db.example/mlflow"])
+    assert settings.tracking.uri == "postgresql://me:secret@db.example/mlflow"
+    assert flatten(settings)["tracking.uri"] == "postgresql://***@db.example/mlflow"
+    assert flatten(settings)["data.source"] == "stdlib"
 
 
 def test_descriptions_belong_to_existing_keys() -> None:
