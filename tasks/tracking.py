@@ -144,6 +144,7 @@ def mlflow_run(
     except BaseException as error:
         # Ctrl-C, exit and Prefect's termination signal are no Exceptions.
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        run.set_tags({"tunesmith.error": f"{type(error).__name__}: {error}"[:1000]})
         raise
     finally:
         run.flush()

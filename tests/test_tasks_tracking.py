@@ -40,6 +40,7 @@ def test_a_run_that_ends_early_keeps_its_points_and_says_how_it_ended(
     client, _, experiment = connect(TrackingSettings())
     [stored] = client.search_runs([experiment])
     assert stored.info.status == status
+    assert stored.data.tags["tunesmith.error"].startswith(error.__name__)
     assert stored.data.metrics == {"first": 1.0, "last": 2.0}
 
 
