@@ -90,13 +90,13 @@ import sys
 from pathlib import Path
 from flows.prefect_environment import prepare_prefect
 prepare_prefect(quiet=False)
-from flows import schedule
+from flows import deploy
 from tasks.config import load_settings
 from small_flow import small
 settings = load_settings(None, sys.argv[2:])
 if __name__ == "__main__":
     parameters = {"settings": settings.model_dump(mode="json", by_alias=True)}
-    schedule.serve(small, "nightly", "* * * * * */12", "UTC", parameters, sys.argv[1])
+    deploy.serve(small, "nightly", "* * * * * */12", "UTC", parameters, sys.argv[1])
 """
 
 Serve = Callable[..., subprocess.Popen[str]]

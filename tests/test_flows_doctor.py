@@ -17,7 +17,7 @@ from tasks.models.folder import ModelFolder
 
 @pytest.fixture
 def settings(tiny_model: ModelFolder) -> Settings:
-    return Settings.model_validate({"model": {"source": str(tiny_model.path)}})
+    return Settings.model_validate({"model": {"source": str(tiny_model.path)}, "train": {"num_layers": 2}})
 
 
 def test_a_look_that_raises_is_a_failed_check_with_its_first_line_and_the_rest_goes_on() -> None:
