@@ -82,10 +82,12 @@ def quickstart(overrides: Overrides | None = None, /) -> None:
 def doctor(config: Config | None = None, /) -> None:
     """Check that everything works here: Python, MLX, memory, disk, MLflow, Prefect, data, a trial step."""
     from flows.doctor import diagnose
+    from flows.prefect_environment import prepare_prefect
     from flows.tables import print_check
 
     settings = _load(config or QUICKSTART, [])
-    with _screen() as shown:
+    prepare_prefect(quiet=True)
+    with _screen(quiet=True) as shown:
         checks = []
         for check in diagnose(settings):
             print_check(shown.console, check)
@@ -224,12 +226,12 @@ def _check_budget(settings: Settings) -> None:
 
 
 @contextmanager
-def _screen() -> Iterator[Screen]:
-    """Progress and messages of the block on the terminal."""
+def _screen(quiet: bool = False) -> Iterator[Screen]:
+    """Progress of the block on the terminal, and its messages, or with `quiet` its warnings only."""
     from flows.display import screen
     from tasks.process import blas_advice
 
-    with screen() as shown:
+    with screen(quiet) as shown:
         if advice := blas_advice():
             shown.line(f"[yellow]{advice}")
         yield shown

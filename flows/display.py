@@ -42,8 +42,9 @@ class _Bar:
 class Screen:
     """Draws the progress of steps with rich; where there is no terminal, prints a line per wait."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, quiet: bool = False) -> None:
         self.console = console
+        self._quiet = quiet
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -72,7 +73,7 @@ class Screen:
             if self.console.is_terminal and not self._progress.tasks:
                 self._progress.stop()
         seconds = time.perf_counter() - started
-        if seconds > WORTH_A_LINE_S:
+        if seconds > WORTH_A_LINE_S and not self._quiet:
             self.line(f"[dim]{title:<24}{seconds:6.1f} s  {bar.note}")
 
     def line(self, text: str) -> None:
@@ -84,7 +85,7 @@ class _Lines(logging.Handler):
     """Messages of the steps, as lines on the screen."""
 
     def __init__(self, screen: Screen) -> None:
-        super().__init__(logging.INFO)
+        super().__init__()
         self._screen = screen
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -93,10 +94,14 @@ class _Lines(logging.Handler):
 
 
 @contextmanager
-def screen() -> Iterator[Screen]:
-    """Show progress and messages of every step on the terminal until the block ends."""
-    shown = Screen(Console(stderr=True))
+def screen(quiet: bool = False) -> Iterator[Screen]:
+    """Show progress and messages of every step on the terminal until the block ends.
+
+    With `quiet` of the messages only warnings, and no lines of waits that are over.
+    """
+    shown = Screen(Console(stderr=True), quiet)
     handler = _Lines(shown)
+    handler.setLevel(logging.WARNING if quiet else logging.INFO)
     show_progress_on(shown)
     for name in NAMES:
         logging.getLogger(name).addHandler(handler)

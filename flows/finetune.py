@@ -1,9 +1,10 @@
 """The main flow: prepare → train → evaluate → fuse → register → report, in one MLflow run.
 
 Run it as `tunesmith finetune CONFIG.yaml [section.key=value …]`.
-"""
 
-from __future__ import annotations
+Annotations here are real types, not text: Prefect (3.8.8) cannot resolve the text when a served
+schedule loads the flow.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,9 +1,10 @@
 """The search flow: trials of one study as nested MLflow runs, each within the memory budget.
 
 Run it as `tunesmith search CONFIG.yaml --trials 12 --budget 8GB`.
-"""
 
-from __future__ import annotations
+Annotations here are real types, not text: Prefect (3.8.8) cannot resolve the text when a served
+schedule loads the flow.
+"""
 
 import time
 from dataclasses import dataclass

@@ -120,19 +120,20 @@ def _print_samples(console: Console, base: Sequence[dict[str, Any]], tuned: Sequ
             grid = Table.grid(padding=(0, 1))
             grid.add_column(width=10, style="dim")
             grid.add_column()
-            grid.add_row(who, _escaped(text))
+            grid.add_row(who, _escaped(" ".join(text.split())))
             console.print(grid)
 
 
 def _print_places(console: Console, outcome: Outcome) -> None:
     finished = outcome.finished
-    places = {"adapter": finished.adapter.path, "report": outcome.report}
+    places = {"adapter": str(finished.adapter.path), "report": str(outcome.report)}
     if finished.fused:
-        places["fused model"] = finished.fused.path
+        places["fused model"] = str(finished.fused.path)
     if finished.registration:
         told = finished.registration
         alias = "@champion" if told.champion else "@challenger"
-        places["registered"] = f"{told.name} version {told.version} {alias}: {told.reason}"  # type: ignore[assignment]
+        places["registered"] = f"{told.name} version {told.version} {alias}: {told.reason}"
+    places["MLflow run"] = f"{finished.name} ({finished.run.id})"
     console.print()
     for what, where in places.items():
         console.print(f"{what:<12} {where}", highlight=False, soft_wrap=True, markup=False)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+EXPERIMENT_KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
+"""The tag by which MLflow's UI opens an experiment with its training pages, not those for agents."""
+
 SEND_EVERY_S = 1.0
 """Points are sent together: SQLite takes 200 single writes a second and 12,000 in batches."""
 
@@ -108,7 +111,8 @@ def connect(settings: TrackingSettings) -> tuple[MlflowClient, str, str]:
         if experiment is None:
             location = artifacts_location() if uri.startswith("sqlite") else None
             try:
-                return client, uri, client.create_experiment(settings.experiment, location)
+                made = client.create_experiment(settings.experiment, location, {EXPERIMENT_KIND: TRAINING})
+                return client, uri, made
             except MlflowException:
                 experiment = client.get_experiment_by_name(settings.experiment)
                 if experiment is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from flows.server import ServerState, down, free_port, up
 from tasks.config import Settings
 from tasks.errors import InputError
 from tasks.home import CHECKOUT
+from tasks.models.folder import ModelFolder
 
 
 @pytest.mark.parametrize("cron", ["", "2 am", "99 2 * * *", "0 2 * *", "R 2 * * *"])
@@ -86,17 +88,16 @@ def small(settings: Settings) -> int:
 """
 
 SERVE = """
-import sys
-from pathlib import Path
+import importlib, sys
 from flows.prefect_environment import prepare_prefect
 prepare_prefect(quiet=False)
 from flows import deploy
 from tasks.config import load_settings
-from small_flow import small
-settings = load_settings(None, sys.argv[2:])
 if __name__ == "__main__":
-    parameters = {"settings": settings.model_dump(mode="json", by_alias=True)}
-    deploy.serve(small, "nightly", "* * * * * */12", "UTC", parameters, sys.argv[1])
+    api_url, module, name, *overrides = sys.argv[1:]
+    flow = getattr(importlib.import_module(module), name)
+    parameters = {"settings": load_settings(None, overrides).model_dump(mode="json", by_alias=True)}
+    deploy.serve(flow, "nightly", "* * * * * */12", "UTC", parameters, api_url)
 """
 
 Serve = Callable[..., subprocess.Popen[str]]
@@ -141,12 +142,18 @@ def serve(prefect: ServerState, tmp_path: Path) -> Iterator[Serve]:
         process.communicate()
 
 
-def test_a_schedule_really_starts_runs_that_complete(prefect: ServerState, serve: Serve) -> None:
-    server = serve("train.rank=3")
-    run = wait_for(lambda: flow_runs(prefect, "COMPLETED"), 60)[0]
+def test_a_schedule_really_starts_finetunes_that_complete(
+    prefect: ServerState, serve: Serve, tiny_model: ModelFolder, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": f"{n}!"}) + "\n" for n in range(30)))
+    small = ["train.num_layers=1", "train.max_steps=2", "evaluate.samples=0", "train.rank=3"]
+    sources = [f"model.source={tiny_model.path}", f"data.source={rows}"]
+    server = serve("flows.finetune", "finetune", *sources, *small)
+    run = wait_for(lambda: flow_runs(prefect, "COMPLETED"), 60, server)[0]
     assert run["parameters"]["settings"]["train"]["rank"] == 3
     assert run["auto_scheduled"]
-    assert wait_for(lambda: [line for line in logs(prefect, run["id"]) if line == "rank 3"], 10)
+    assert wait_for(lambda: "prepare: 30 rows read" in " ".join(logs(prefect, run["id"])), 10, server)
     server.send_signal(signal.SIGINT)
     output, _ = server.communicate(timeout=30)
     assert server.returncode == 130, output
@@ -160,8 +167,8 @@ def test_sigterm_ends_the_schedule_with_143_and_leaves_no_run_behind(
     prefect: ServerState, serve: Serve, tmp_path: Path
 ) -> None:
     sign = tmp_path / "running"
-    server = serve(f"name={sign}")
-    wait_for(sign.exists, 60)
+    server = serve("small_flow", "small", f"name={sign}")
+    wait_for(sign.exists, 60, server)
     children = psutil.Process(server.pid).children(recursive=True)
     assert children
     server.terminate()
@@ -173,13 +180,14 @@ def test_sigterm_ends_the_schedule_with_143_and_leaves_no_run_behind(
     assert not flow_runs(prefect, "RUNNING")
 
 
-def wait_for(what: Callable[[], Any], limit_s: float) -> Any:
+def wait_for(what: Callable[[], Any], limit_s: float, server: subprocess.Popen[str]) -> Any:
     deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and server.poll() is None:
         if found := what():
             return found
         time.sleep(0.2)
-    raise AssertionError(f"not within {limit_s:g} s")
+    server.kill()
+    raise AssertionError(f"not within {limit_s:g} s: {server.communicate()[0]}")
 
 
 def flow_runs(prefect: ServerState, state: str) -> list[dict[str, Any]]:
