@@ -88,7 +88,8 @@ def small(settings: Settings) -> int:
 """
 
 SERVE = """
-import importlib, sys
+import importlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from flows.prefect_environment import prepare_prefect
 prepare_prefect(quiet=False)
 from flows import deploy
