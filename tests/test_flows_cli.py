@@ -136,7 +136,9 @@ def test_a_signal_ends_a_run_cleanly(
     number: signal.Signals, code: int, rows: Path, tmp_path: Path, tiny_model: ModelFolder, home: Path
 ) -> None:
     path = config(tmp_path, tiny_model, rows, num_layers=2, epochs=100_000, steps_per_eval=100_000)
-    command = [sys.executable, "-m", "flows.cli", "finetune", str(path)]
+    # A shell's background job ignores Ctrl-C; the process tested must not inherit that.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import flows.cli as c"
+    command = [sys.executable, "-c", f"{program}; c.main()", "finetune", str(path)]
     process = subprocess.Popen(command, cwd=CHECKOUT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(home.glob("steps/train/*")) and time.monotonic() < deadline:

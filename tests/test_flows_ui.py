@@ -20,7 +20,13 @@ from flows.ui import open_ui
 from tasks.errors import StepError
 from tasks.home import CHECKOUT
 
-OPEN = "import sys; from flows.ui import open_ui; open_ui(int(sys.argv[1]))"
+# A shell's background job ignores Ctrl-C; the process tested must not inherit that.
+OPEN = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from flows.ui import open_ui
+open_ui(int(sys.argv[1]))
+"""
 
 
 @pytest.fixture
