@@ -45,16 +45,67 @@ class ModelSettings(Section):
     revision: str | None = Field(None, description="hub branch, tag or commit")
 
 
+class MappingSettings(Section):
+    """The columns of rows in none of the known forms; a dot leads into an object, as `turn.question`.
+
+    Give `text`, or `messages`, or `prompt` and `completion`.
+    """
+
+    text: str | None = Field(None, description="column of a text that is learnt whole")
+    prompt: str | None = Field(None, description="column of the question")
+    input: str | None = Field(None, description="column put after the question, if it is not empty")
+    completion: str | None = Field(None, description="column of the answer")
+    messages: str | None = Field(None, description="column of the list of turns")
+    role: str | None = Field(None, description="of a turn: who speaks (default 'role' or 'from')")
+    content: str | None = Field(None, description="of a turn: what is said (default 'content' or 'value')")
+    system: str | None = Field(None, description="column of a system prompt")
+    tools: str | None = Field(None, description="column of the tools that may be called")
+
+    @model_validator(mode="after")
+    def _one_form(self) -> MappingSettings:
+        if not any(self.model_dump().values()):
+            return self
+        pair = self.prompt is not None and self.completion is not None
+        if [self.text is not None, self.messages is not None, pair].count(True) != 1:
+            raise ValueError("give 'text', or 'messages', or both 'prompt' and 'completion'")
+        return self
+
+
 class DataSettings(Section):
     """The rows, and how they become tokens."""
 
-    source: str = Field("stdlib", min_length=1, description="a JSONL file, or the built-in 'stdlib'")
+    source: str = Field(
+        "stdlib",
+        min_length=1,
+        description="a file (JSONL, JSON, CSV, TSV, Parquet, text; .gz, .zst), a folder of them, "
+        "a hub dataset (owner/name), or the built-in 'stdlib'",
+    )
+    subset: str | None = Field(None, description="of a hub dataset: its configuration")
+    revision: str | None = Field(None, description="of a hub dataset: branch, tag or commit")
+    mapping: MappingSettings = MappingSettings()
+    on_bad_row: Literal["fail", "skip"] = Field("fail", description="whether one bad row ends everything")
     max_rows: int | None = Field(None, ge=10, description="use this many rows, chosen by hash and seed")
+    min_chars: int = Field(1, ge=1, description="shorter rows are left out")
+    max_chars: int | None = Field(None, ge=1, description="longer rows are left out")
+    near_duplicates: float | None = Field(
+        None, ge=0.5, lt=1, description="leave out rows this similar (Jaccard) to another, by MinHash"
+    )
     valid_share: float = Field(0.1, gt=0, lt=0.5, description="share of the rows held out for validation")
     test_share: float = Field(0.1, gt=0, lt=0.5, description="share of the rows held out for the final test")
-    max_seq_length: int = Field(2048, ge=16, description="longer rows are left out, never cut (tokens)")
-    mask_prompt: bool = Field(True, description="learn the answers only, not the questions")
-    system_prompt: str | None = Field(None, description="put before rows that have none of their own")
+    max_seq_length: int = Field(2048, ge=16, description="longest row (tokens); no answer is ever cut")
+    on_long_row: Literal["error", "drop", "truncate-prompt"] = Field(
+        "drop", description="what becomes of rows over max_seq_length"
+    )
+    supervise: Literal["answers", "last-answer", "everything"] = Field(
+        "answers", description="what is learnt of a chat"
+    )
+    template: Literal["model", "chatml", "alpaca"] = Field(
+        "model", description="how a chat is written; 'model' is its own, or ChatML where it has none"
+    )
+    system_prompt: str | None = Field(None, description="put before chats that have none of their own")
+    goal: Literal["style", "task", "domain", "broad"] = Field(
+        "task", description="what is to be learnt; decides how many rows are advised"
+    )
     seed: int = Field(0, description="decides which row goes to which split")
 
 
