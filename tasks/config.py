@@ -112,19 +112,41 @@ class DataSettings(Section):
 class TrainSettings(Section):
     """The training loop."""
 
+    method: Literal["lora", "dora", "full", "soft-prompt"] = Field("lora", description="what is trained")
     num_layers: Layers = Field(8, description="adapt the last N layers; -1 for all")
+    targets: tuple[str, ...] = Field(
+        ("all-linear",),
+        min_length=1,
+        description="modules adapted in each layer: names as q_proj, or attention, mlp, all-linear",
+    )
     rank: int = Field(8, ge=1, le=4096, description="LoRA rank")
     alpha: float = Field(32.0, gt=0, description="LoRA scale is alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank_stabilized: bool = Field(False, description="LoRA scale is alpha / sqrt(rank)")
+    scale: float | None = Field(None, gt=0, description="LoRA scale itself, in place of alpha")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the input of each adapter")
+    prompt_tokens: int = Field(16, ge=1, le=1024, description="length of a soft prompt")
+    optimizer: Literal["adamw", "adam", "sgd", "adafactor", "muon", "lion"] = "adamw"
     learning_rate: float = Field(2e-4, gt=0, le=1)
+    lora_plus_ratio: float = Field(1.0, ge=1, description="learning rate of LoRA's B over that of A")
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = Field(5, ge=0)
+    final_lr_share: float = Field(0.1, ge=0, le=1, description="where the schedule ends, of the peak")
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0, description="clip the gradient's global norm")
-    batch_size: int = Field(4, ge=1, description="rows a step")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="clip the gradient's global norm")
+    batch_size: int = Field(4, ge=1, description="rows a forward pass")
+    accumulation_steps: int = Field(1, ge=1, description="forward passes an update")
+    grad_checkpoint: bool = Field(False, description="recompute activations: less memory, a third slower")
     epochs: float = Field(1.0, gt=0, description="passes over the training rows")
-    max_steps: int | None = Field(None, ge=1, description="stop earlier, after this many steps")
-    steps_per_eval: int = Field(100, ge=1, description="validate every N steps, and at both ends")
+    max_steps: int | None = Field(None, ge=1, description="stop earlier, after this many updates")
+    max_minutes: float | None = Field(None, gt=0, description="stop earlier, after this much training time")
+    steps_per_eval: int = Field(100, ge=1, description="validate every N updates, and at both ends")
+    valid_rows: int | None = Field(None, ge=1, description="validate on the first N rows only")
+    patience: int | None = Field(
+        None, ge=1, description="stop after this many validations without a gain of min_gain"
+    )
+    min_gain: float = Field(0.0, ge=0, description="fall of val_loss that counts as a gain")
+    steps_per_save: int | None = Field(None, ge=1, description="write a checkpoint every N updates")
+    minutes_per_save: float = Field(5.0, gt=0, description="write a checkpoint this often")
     seed: int = Field(0, description="order of the rows, adapter initialisation and dropout")
 
 
