@@ -1,0 +1,105 @@
+"""Stand-ins for the layers of an mlx-lm model: passed through, listened at, or answered for.
+
+The model's own code runs on, so masks, rotary positions, soft-caps and heads stay its own. A stand-in
+keeps its place in the list of layers and what plain attributes the model's code reads of a layer
+(`use_sliding`), and has no parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class PassThrough(nn.Module):
+    """Gives back what it is given."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        _take_attributes(self, layer)
+
+    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        return hidden
+
+
+class Injection(nn.Module):
+    """Gives `held.hidden`, (batch, length, hidden), whatever it is given."""
+
+    def __init__(self, layer: nn.Module, held: Held) -> None:
+        super().__init__()
+        _take_attributes(self, layer)
+        self.held = held
+
+    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        if self.held.hidden is None:
+            raise RuntimeError("a model without its lower layers was called without their output")
+        return self.held.hidden
+
+
+class Held:
+    """The hidden states of the batch under way; an object of its own, so that it is no parameter."""
+
+    hidden: mx.array | None = None
+
+
+class _Listener(nn.Module):
+    def __init__(self, layer: nn.Module, heard: dict[int, mx.array], depth: int) -> None:
+        super().__init__()
+        _take_attributes(self, layer)
+        self.layer = layer
+        self._heard = (lambda hidden: heard.__setitem__(depth, hidden),)  # a tuple of no arrays
+
+    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        self._heard[0](hidden)
+        output: mx.array = self.layer(hidden, *args, **kwargs)
+        return output
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The list of layers that the model's code walks through."""
+    layers: list[nn.Module] = model.layers
+    return layers
+
+
+def replace_prefix(model: nn.Module, depth: int) -> Held:
+    """Take the first `depth` layers out of the model; from now on their output is what is held.
+
+    The layers are given up: their memory is freed when nothing else holds them.
+    """
+    held = Held()
+    layers = layers_of(model)
+    layers[:depth] = [PassThrough(layer) for layer in layers[: depth - 1]] + [
+        Injection(layers[depth - 1], held)
+    ]
+    return held
+
+
+@contextmanager
+def listening(model: nn.Module, depths: Collection[int]) -> Iterator[dict[int, mx.array]]:
+    """While the block runs, a call leaves the hidden states entering layer d under d, for each depth.
+
+    Layers from the deepest on are passed through; the arrays are lazy, so what comes after costs nothing.
+    """
+    layers = layers_of(model)
+    kept = list(layers)
+    heard: dict[int, mx.array] = {}
+    deepest = max(depths)
+    for place, layer in enumerate(kept):
+        if place > deepest:
+            layers[place] = PassThrough(layer)
+        elif place in depths:
+            layers[place] = _Listener(layer, heard, place)
+    try:
+        yield heard
+    finally:
+        layers[:] = kept
+
+
+def _take_attributes(module: nn.Module, layer: nn.Module) -> None:
+    for name, value in vars(layer).items():
+        if not name.startswith("_"):
+            object.__setattr__(module, name, value)
