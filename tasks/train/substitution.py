@@ -7,8 +7,10 @@ keeps its place in the list of layers and what plain attributes the model's code
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -51,18 +53,26 @@ class _Listener(nn.Module):
         super().__init__()
         _take_attributes(self, layer)
         self.layer = layer
-        self._heard = (lambda hidden: heard.__setitem__(depth, hidden),)  # a tuple of no arrays
+        self._hear = partial(heard.__setitem__, depth)  # the dictionary itself would be taken for parameters
 
     def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        self._heard[0](hidden)
+        self._hear(hidden)
         output: mx.array = self.layer(hidden, *args, **kwargs)
         return output
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The list of layers that the model's code walks through."""
-    layers: list[nn.Module] = model.layers
-    return layers
+    """The list of layers that the model's code walks through; `model.layers` may be a copy of it.
+
+    Raises:
+        ValueError: the model keeps its layers in no list.
+    """
+    shown = list(model.layers)
+    for module in model.modules():
+        for value in module.values():
+            if isinstance(value, list) and len(value) == len(shown) and all(map(operator.is_, value, shown)):
+                return value
+    raise ValueError("its layers are in no list")
 
 
 def replace_prefix(model: nn.Module, depth: int) -> Held:
