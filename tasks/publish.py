@@ -37,7 +37,7 @@ class StepOutput:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
 
-def run_step(step: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> StepOutput:
+def run_step(step: str, inputs: Mapping[str, Any], make: Callable[[Path], object]) -> StepOutput:
     """Make a step's output once: a folder that exists already under the same inputs is used as it is.
 
     Args:

@@ -263,15 +263,15 @@ def test_a_training_row_that_is_held_out_too_is_taken_from_training() -> None:
     assert unused.detail == "the same as line 7 of test.jsonl"
 
 
-WORDS = "the quick brown fox jumps over the lazy dog and runs far into the deep dark wood at night".split()
+SENTENCE = "the quick brown fox jumps over the lazy dog and runs far into the deep dark wood at night"
 
 
 def test_near_duplicates_are_found_and_others_are_not() -> None:
-    answer = " ".join(WORDS * 3)
+    answer = " ".join([SENTENCE] * 3)
     near = [
         row(("say", answer), 1),
         row(("say", answer + " again"), 2),
-        row(("say", " ".join(reversed(WORDS * 3))), 3),
+        row(("say", answer[::-1]), 3),
     ]
     kept = [*distinct(iter(near), near_duplicates=0.8)]
     assert [one.kind if isinstance(one, Unused) else "kept" for one in kept] == [

@@ -117,7 +117,7 @@ def _check_lengths(
     starts = np.cumsum(encoded.lengths) - encoded.lengths
     learnt = np.add.reduceat(encoded.supervised, starts, dtype=np.int64)
     limit = data.max_seq_length
-    for index in np.flatnonzero((encoded.lengths > limit) | (learnt == 0)):
+    for index in np.flatnonzero((encoded.lengths > limit) | (learnt == 0)).tolist():
         one, length = rows[index], int(encoded.lengths[index])
         if learnt[index] == 0:
             one.reject("nothing_supervised", f"{length} tokens, none of which would be learnt; remove it")

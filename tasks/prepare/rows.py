@@ -11,7 +11,7 @@ from typing import Any
 
 Turn = dict[str, Any]
 Messages = list[Turn]
-"""Turns as chat templates take them: `role`, `content`, and for tools `tool_calls`, `tool_call_id`, `name`."""
+"""Turns as chat templates take them: `role`, `content`; for tools `tool_calls`, `tool_call_id`, `name`."""
 
 ROLES = ("system", "user", "assistant", "tool")
 SPLITS = ("train", "valid", "test")

@@ -261,8 +261,8 @@ class ChatEncoder:
         places, waiting = layout.waiting["start"]
         places.append(len(layout.stretches) + 1)
         waiting.append(text)
-        layout.stretches += [self._before_text, (), self._after_text]
-        layout.supervised += [True, True, True]
+        layout.stretches.extend([self._before_text, (), self._after_text])
+        layout.supervised.extend([True, True, True])
 
     def _plan(self, skeleton: Skeleton) -> list[_Stretch]:
         if skeleton not in self._plans:
