@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHMARKS := quickstart
+BENCHMARKS := quickstart prepare
 
 .PHONY: setup quickstart test slow lint format bench lock clean-venv
 

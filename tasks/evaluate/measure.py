@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.config import EvaluateSettings
 from tasks.models.folder import ModelFolder
-from tasks.prepare.chats import load_rows
+from tasks.prepare.chats import load_rows, load_template
 from tasks.prepare.splits import load_splits
 from tasks.progress import progress
 from tasks.publish import StepOutput, run_step, write_json
@@ -27,7 +27,7 @@ def measure(
 
     The output's `evaluation.json` holds `test_loss` (nats a supervised token, all test rows),
     `perplexity`, `chrf` (0 to 100), `exact_match` (share), `tokens_per_second` of generation, and
-    `answers`: prompt, reference, answer and scores of the first `samples` test rows.
+    `answers`: prompt, reference, answer and scores of the first `samples` test chats.
     """
     inputs = {
         "model": model.fingerprint,
@@ -55,31 +55,38 @@ def _measure(
     test = load_splits(data.path)["test"]
     test_loss = mean_loss(loaded.model, test, settings.batch_size, f"test loss, {who}")
     figures: dict[str, Any] = {"test_loss": test_loss, "perplexity": math.exp(test_loss)}
-    if settings.samples:
-        figures |= _answers(loaded, load_rows(data.path, "test")[: settings.samples], settings, who)
+    chats = [row for row in load_rows(data.path, "test") if "text" not in row][: settings.samples]
+    if chats:
+        figures |= _answers(loaded, chats, load_template(data.path), settings, who)
     write_json(draft / EVALUATION_FILE, figures)
 
 
 def _answers(
-    loaded: LoadedModel, rows: list[dict[str, Any]], settings: EvaluateSettings, who: str
+    loaded: LoadedModel,
+    chats: list[dict[str, Any]],
+    template: str | None,
+    settings: EvaluateSettings,
+    who: str,
 ) -> dict[str, Any]:
-    """Greedy answers to the rows' last questions, and their scores."""
+    """Greedy answers to the chats' last questions, and their scores."""
     from tasks.evaluate.text_metrics import chrf, exact_match
     from tasks.prepare.tokenise import encode_prompt
 
-    prompts = [encode_prompt(loaded.tokenizer, row["messages"]) for row in rows]
+    prompts = [
+        encode_prompt(loaded.tokenizer, chat["messages"], chat.get("tools"), template) for chat in chats
+    ]
     started = time.perf_counter()
     answers, generated = _generate(loaded, prompts, settings, who)
     seconds = time.perf_counter() - started
     table = [
         {
-            "prompt": row["messages"][-2]["content"],
-            "reference": (reference := row["messages"][-1]["content"]),
+            "prompt": question,
+            "reference": reference,
             "answer": answer,
             "chrf": chrf(answer, reference),
             "exact_match": exact_match(answer, reference),
         }
-        for row, answer in zip(rows, answers, strict=True)
+        for (question, reference), answer in zip(map(_last_exchange, chats), answers, strict=True)
     ]
     return {
         "chrf": sum(line["chrf"] for line in table) / len(table),
@@ -87,6 +94,13 @@ def _answers(
         "tokens_per_second": generated / seconds,
         "answers": table,
     }
+
+
+def _last_exchange(chat: dict[str, Any]) -> tuple[str, str]:
+    """The last answer and the turn before it."""
+    turns = chat["messages"]
+    last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
+    return turns[last - 1]["content"] if last else "", turns[last]["content"]
 
 
 def _generate(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.config import FuseSettings
 from tasks.errors import StepError
 from tasks.models.folder import ModelFolder
+from tasks.prepare.chats import TEMPLATE_FILE, load_template
 from tasks.prepare.splits import TokenRows, load_splits
 from tasks.progress import progress
 from tasks.publish import StepOutput, run_step, write_json
@@ -53,6 +54,8 @@ def _fuse(draft: Path, settings: FuseSettings, model: Path, adapter: Path, data:
         expected = _loss(loaded.model, rows)
         _merge(loaded.model)
         _write(draft, loaded.model, loaded.config, model)
+        if template := load_template(data.path):
+            (draft / TEMPLATE_FILE).write_text(template, encoding="utf-8")
         del loaded
         actual = _loss(load_model(draft).model, rows)
     difference = abs(actual - expected) / expected
