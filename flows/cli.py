@@ -126,6 +126,7 @@ def inspect(
     html: write the report as a page to this file
     as_json: print the report as JSON, and nothing else
     """
+    _quiet_prefect()
     from flows.data import check_page, data_settings, prepare_command
     from flows.data import inspect as look
     from flows.tables import SAMPLES, print_commands, print_data_report
@@ -163,6 +164,7 @@ def prepare(
     model: for whose tokenizer and chat template (model.source)
     out: put a copy here, in a new folder or in place of an earlier one
     """
+    _quiet_prefect()
     from flows.data import PAGE_FILE, data_settings, finetune_command
     from flows.data import prepare as make
     from flows.tables import print_commands, print_data_report, print_places
@@ -308,6 +310,13 @@ def _screen(quiet: bool = False) -> Iterator[Screen]:
         if advice := blas_advice():
             shown.line(f"[yellow]{advice}")
         yield shown
+
+
+def _quiet_prefect() -> None:
+    """For verbs that need no Prefect: the steps import it, and it would print their log lines."""
+    from flows.prefect_environment import prepare_prefect
+
+    prepare_prefect(quiet=True)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ PAGE_FILE = "report.html"
 PREPARED = {"train.jsonl", "valid.jsonl", "test.jsonl", "tokens.safetensors", "rejected.jsonl", "report.json"}
 """The files by which prepared data is known."""
 
-MAY_BE_THERE = {PAGE_FILE, INPUTS_FILE, ".DS_Store"}
+MAY_BE_THERE = {PAGE_FILE, INPUTS_FILE, "chat_template.jinja", ".DS_Store"}
 
 
 def data_settings(source: str, model: str | None, overrides: Sequence[str]) -> Settings:

@@ -181,7 +181,7 @@ def _print_facts(console: Console, report: Mapping[str, Any], batch_size: int) -
         "lengths": f"median {lengths['median']:,.0f}, 95% up to {lengths['p95']:,.0f}, longest "
         f"{lengths['max']:,} tokens; the limit is {report['max_seq_length']:,}{cut}",
         "one epoch": f"{math.ceil(rows / batch_size):,} steps at train.batch_size={batch_size}",
-        "tokenizer": f"{report['tokenizer']}; template: {report['template']}; learnt: {report['supervise']}",
+        "template": f"{report['template']}; learnt: {report['supervise']}",
         "split by": report["split_by"] + (f"; {moved:,} moved to an empty split" if moved else ""),
         "shared": f"{report['shared_prompts']:,} held-out rows ask what a training row asks"
         if report["shared_prompts"]

@@ -25,7 +25,6 @@ def sample_report() -> dict[str, Any]:
     rows = [8, 131, 260, 214, 139, 88, 51, 30, 17, 9, 6, 4, 2, 0, 1]
     return {
         "source": "rows.jsonl",
-        "tokenizer": "smollm2-135m-instruct",
         "rows_read": 1000,
         "rows_used": 960,
         "duplicates": 12,
@@ -36,7 +35,7 @@ def sample_report() -> dict[str, Any]:
             "json": _reason(
                 7,
                 "broken JSON",
-                "not JSON at column 31: Expecting ',' delimiter; mend or remove the line, for example with an "
+                "not JSON at column 31: Expecting ',' delimiter; mend or remove the line, for example in an "
                 "editor that knows JSON",
             ),
             "type": {

@@ -132,7 +132,7 @@ def _markdown_lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"**{report['rows_read']:,} rows read = {report['rows_used']:,} used + "
         f"{report['duplicates']:,} duplicates + {report['rejected']:,} rejected.** "
-        f"Tokenizer {_cell(report['tokenizer'])}, template {_cell(report['template'])}."
+        f"Chat template: {_cell(report['template'])}; learnt: {_cell(report['supervise'])}."
     )
     yield ""
     yield from _markdown_table(
