@@ -204,12 +204,12 @@ def _print_reason(console: Console, reason: Mapping[str, Any]) -> None:
     rows = f"{reason['rows']:,} row{'s' * (reason['rows'] != 1)}"
     _print_line(console, f"not used: {rows}, {reason['meaning']}", "bold")
     for where in reason["first"][:FAULTS_SHOWN]:
-        console.print(Padding(Text(_told(where)), (0, 0, 0, 2)), highlight=False)
+        console.print(Padding(Text(_told(where)), (0, 0, 0, 2), expand=False), highlight=False)
         if text := _on_one_line(where["text"]):
             line = Text(text, style="dim", no_wrap=True, overflow="ellipsis")
-            console.print(Padding(line, (0, 0, 0, 4)), highlight=False)
+            console.print(Padding(line, (0, 0, 0, 4), expand=False), highlight=False)
     if more := reason["rows"] - len(reason["first"][:FAULTS_SHOWN]):
-        console.print(Padding(Text(f"and {more:,} more", style="dim"), (0, 0, 0, 2)))
+        console.print(Padding(Text(f"and {more:,} more", style="dim"), (0, 0, 0, 2), expand=False))
 
 
 def _print_learnt(console: Console, sample: Mapping[str, Any]) -> None:
@@ -228,7 +228,7 @@ def _print_learnt(console: Console, sample: Mapping[str, Any]) -> None:
     console.print()
     how = "in brackets" if plain else "in green"
     _print_line(console, f"sample, {place(sample)} ({how}: what is learnt)", "bold")
-    console.print(Padding(text, (0, 0, 0, 2)), highlight=False)
+    console.print(Padding(text, (0, 0, 0, 2), expand=False), highlight=False)
 
 
 def _told(where: Mapping[str, Any]) -> str:
