@@ -6,6 +6,7 @@ verb needs it: `tunesmith --help` answers at once.
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ CONFIGS = Path(__file__).parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
 START = Group.create_ordered("Start")
+DATA = Group.create_ordered("Data")
 TRAIN = Group.create_ordered("Train")
 LOOK = Group.create_ordered("Look")
 OPERATE = Group.create_ordered("Operate")
@@ -38,6 +40,7 @@ app = App(
 )
 
 Config = Annotated[Path, Parameter(help="a YAML file of settings")]
+Data = Annotated[str, Parameter(help="what data.source takes: a file, a folder, a hub dataset, 'stdlib'")]
 Overrides = Annotated[list[str], Parameter(help="settings laid over the file: section.key=value")]
 
 
@@ -103,6 +106,78 @@ def show(config: Config | None = None, overrides: Overrides | None = None, /) ->
     from flows.tables import print_settings
 
     print_settings(Console(), _load(config, overrides), overrides or [])
+
+
+@app.command(group=DATA)
+def inspect(
+    data: Data,
+    overrides: Overrides | None = None,
+    /,
+    *,
+    model: str | None = None,
+    html: Path | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Look at rows before they are used: what is wrong with which, lengths, splits, what will be learnt.
+
+    Parameters
+    ----------
+    model: for whose tokenizer and chat template (model.source)
+    html: write the report as a page to this file
+    as_json: print the report as JSON, and nothing else
+    """
+    _quiet_prefect()
+    from flows.data import check_page, data_settings, prepare_command
+    from flows.data import inspect as look
+    from flows.tables import SAMPLES, print_commands, print_data_report
+    from tasks.prepare.page import write_page
+
+    settings = data_settings(data, model, overrides or [])
+    if html is not None:
+        check_page(html)
+    _check(settings)
+    with _waits():
+        report = look(settings)
+    if html is not None:
+        write_page(report, html)
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    console = Console()
+    print_data_report(console, report, settings.train.batch_size, SAMPLES)
+    print_commands(console, {"next": prepare_command(data, model, overrides or [])})
+
+
+@app.command(group=DATA)
+def prepare(
+    data: Data,
+    overrides: Overrides | None = None,
+    /,
+    *,
+    model: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Make rows ready for training: checked, split, tokenised; mlx_lm.lora --data takes the folder too.
+
+    Parameters
+    ----------
+    model: for whose tokenizer and chat template (model.source)
+    out: put a copy here, in a new folder or in place of an earlier one
+    """
+    _quiet_prefect()
+    from flows.data import PAGE_FILE, data_settings, finetune_command
+    from flows.data import prepare as make
+    from flows.tables import print_commands, print_data_report, print_places
+
+    settings = data_settings(data, model, overrides or [])
+    _check(settings)
+    with _waits():
+        output, folder = make(settings, out)
+    console = Console()
+    print_data_report(console, output.read_json("report.json"), settings.train.batch_size)
+    unchanged = "  (nothing has changed, so it was there already)" if output.reused else ""
+    print_places(console, {"prepared": f"{folder}{unchanged}", "page": str(folder / PAGE_FILE)})
+    print_commands(console, {"next": finetune_command(settings, QUICKSTART, overrides or [])})
 
 
 @app.command(name="finetune", group=TRAIN)
@@ -235,6 +310,22 @@ def _screen(quiet: bool = False) -> Iterator[Screen]:
         if advice := blas_advice():
             shown.line(f"[yellow]{advice}")
         yield shown
+
+
+def _quiet_prefect() -> None:
+    """For verbs that need no Prefect: the steps import it, and it would print their log lines."""
+    from flows.prefect_environment import prepare_prefect
+
+    prepare_prefect(quiet=True)
+
+
+@contextmanager
+def _waits() -> Iterator[None]:
+    """Progress and warnings of the block, for work that needs no MLX and so no advice about it."""
+    from flows.display import screen
+
+    with screen(quiet=True):
+        yield
 
 
 @contextmanager

@@ -6,6 +6,7 @@ other threads, where metrics would silently go to a new run.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.config import CREDENTIALS, Settings, TrackingSettings, flatten
 from tasks.home import runs_dir
+from tasks.publish import StepOutput
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,6 +28,9 @@ log = logging.getLogger(__name__)
 
 EXPERIMENT_KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
 """The tag by which MLflow's UI opens an experiment with its training pages, not those for agents."""
+
+CONTEXTS = {"train": "training", "valid": "validation", "test": "test"}
+"""What MLflow calls a split's part in a run."""
 
 SEND_EVERY_S = 1.0
 """Points are sent together: SQLite takes 200 single writes a second and 12,000 in batches."""
@@ -86,6 +91,33 @@ class Run:
         for path in sorted(folder.iterdir()):
             if path.is_file() and (only is None or path.name in only):
                 self.client.log_artifact(self.id, str(path), artifact_path)
+
+    def log_dataset(self, output: StepOutput, report: Mapping[str, Any]) -> None:
+        """Record prepared data as inputs of the run: a dataset a split, with its rows and tokens.
+
+        The digest is the split and the data's fingerprint (22 of the 36 characters MLflow takes): MLflow
+        3.17 keeps one of several inputs of the same name and digest, and would drop two splits.
+
+        Args:
+            output: prepared data, with `<split>.jsonl` of each split.
+            report: its data report; `source` and `splits` are read.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+        inputs = []
+        for split, size in report["splits"].items():
+            dataset = Dataset(
+                name=report["source"],
+                digest=f"{output.fingerprint}-{split}",
+                source_type="local",
+                source=json.dumps({"uri": str(output.path / f"{split}.jsonl")}),
+                profile=json.dumps(
+                    {key: size[key] for key in ("rows", "tokens", "supervised_tokens", "supervised_share")}
+                ),
+            )
+            inputs.append(DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, CONTEXTS[split])]))
+        self.client.log_inputs(self.id, inputs)
 
     def log_table(self, rows: Mapping[str, Sequence[Any]], name: str) -> None:
         """Store columns as an MLflow table, which its UI shows and compares over runs."""
