@@ -17,7 +17,7 @@ from test_prepare_tokenise import CHATML, byte_level, save_model
 from tasks.config import DataSettings, Settings
 from tasks.errors import InputError
 from tasks.models.folder import ModelFolder
-from tasks.prepare import pipeline, prepare
+from tasks.prepare import pipeline
 from tasks.prepare.chats import load_rows, load_template
 from tasks.prepare.choose import assign_splits, distinct, only, smallest_hashes
 from tasks.prepare.pipeline import prepare_data, tokenizer_digest
@@ -437,7 +437,7 @@ def test_equal_inputs_give_equal_bytes(
 def test_the_report_and_the_unused_rows_are_logged_to_the_run(tmp_path: Path, model: ModelFolder) -> None:
     data = DataSettings(source=write(tmp_path / "rows.jsonl", numbered(20)))
     with mlflow_run(Settings(), "a run", {}) as run:
-        output = prepare.fn(data, model, run)
+        output = prepare_data(data, model, run)
     assert run.client.get_run(run.id).data.tags["tunesmith.data"] == output.fingerprint
     kept = {path.path for path in run.client.list_artifacts(run.id, "data")}
     assert kept == {"data/report.json", "data/report.html", "data/rejected.jsonl"}

@@ -78,7 +78,7 @@ def _answers(
     started = time.perf_counter()
     answers, generated = _generate(loaded, prompts, settings, who)
     seconds = time.perf_counter() - started
-    table = [
+    table: list[dict[str, Any]] = [
         {
             "prompt": question,
             "reference": reference,

@@ -31,8 +31,8 @@ def read_row(written: dict[str, Any]) -> Row:
 
 
 def as_answer(text: str) -> list[dict[str, str]]:
-    """A text as the only turn of a chat."""
-    return [{"role": "assistant", "content": text}]
+    """A text as the answer to nothing: with `--mask-prompt`, mlx-lm renders what stands before it."""
+    return [{"role": "user", "content": ""}, {"role": "assistant", "content": text}]
 
 
 def load_rows(folder: Path, split: str) -> list[dict[str, Any]]:
