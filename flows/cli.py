@@ -145,7 +145,7 @@ def inspect(
         return
     console = Console()
     print_data_report(console, report, settings.train.batch_size, SAMPLES)
-    print_commands(console, {"next": prepare_command(data, model, overrides or [])})
+    print_commands(console, {"next": prepare_command(data, model, overrides or [], report)})
 
 
 @app.command(group=DATA)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tasks.config import Settings, flatten, load_settings
 from tasks.errors import InputError, StepError
 from tasks.home import runs_dir
 from tasks.models.resolve import resolve_model
+from tasks.prepare.rows import FAULTS
 from tasks.publish import INPUTS_FILE, StepOutput, publishing
 
 PAGE_FILE = "report.html"
@@ -113,9 +114,13 @@ def check_page(html: Path) -> None:
         raise InputError(f"--html {html}: {fault}; give a file in a folder that exists")
 
 
-def prepare_command(source: str, model: str | None, overrides: Sequence[str]) -> str:
-    """The command that prepares what was inspected."""
+def prepare_command(
+    source: str, model: str | None, overrides: Sequence[str], report: Mapping[str, Any]
+) -> str:
+    """The command that prepares what was inspected, going on without its bad rows."""
     given = ["--model", model] if model else []
+    if FAULTS.keys() & report["reasons"].keys() and not any("data.on_bad_row=" in one for one in overrides):
+        overrides = [*overrides, "data.on_bad_row=skip"]
     return shlex.join(["tunesmith", "prepare", source, *overrides, *given])
 
 

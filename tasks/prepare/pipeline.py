@@ -70,12 +70,14 @@ def prepare_data(data: DataSettings, model: ModelFolder, run: Run | None = None)
 
 
 def inspect_data(data: DataSettings, model: ModelFolder) -> dict[str, Any]:
-    """The report that `prepare_data` would write; nothing is kept.
+    """The report that `prepare_data` would write, whatever the rows are like; nothing is kept.
 
     Raises:
-        InputError: as `prepare_data`.
+        InputError: as `prepare_data`, but not for bad or long rows: they are what is looked for.
     """
     check_source(data)
+    lenient = {"on_bad_row": "skip", "on_long_row": data.on_long_row.replace("error", "drop")}
+    data = data.model_copy(update=lenient)
     with TemporaryDirectory(prefix="tunesmith-") as folder:
         return _make(Path(folder), data, model)
 

@@ -70,12 +70,12 @@ def _shared_prompts(dealt: Dealt) -> int:
 
 
 def _lengths(lengths: NDArray[np.int64]) -> dict[str, Any]:
-    longest = int(lengths.max())
-    width = _round_up(longest / HISTOGRAM_BARS)
-    edges = np.arange(0, longest + width + 1, width)
-    counts = np.bincount(lengths // width, minlength=len(edges) - 1)[: len(edges) - 1]
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    width = _round_up((longest - shortest + 1) / HISTOGRAM_BARS)
+    edges = np.arange(shortest // width * width, longest + width + 1, width)
+    counts, _ = np.histogram(lengths, edges)
     return {
-        "min": int(lengths.min()),
+        "min": shortest,
         "median": float(np.median(lengths)),
         "p95": float(np.percentile(lengths, 95)),
         "max": longest,
