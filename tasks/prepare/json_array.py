@@ -164,7 +164,7 @@ class _Window:
         while True:
             match = (IN_STRING if in_string else OUT_OF_STRING).search(self._text, self._place)
             if match is None:
-                is_cut = self._text.endswith("\\")  # of an escape that goes on in the next chunk
+                is_cut = self._text.endswith("\\", self._place)  # of an escape that goes on in the next chunk
                 self.advance(len(self._text) - self._place - is_cut)
                 if not self._more():
                     raise InputError(f"{self._file.path}, line {first_line}: {NEVER_ENDS}")
