@@ -47,11 +47,11 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
 
 def test_help_names_every_verb_in_its_group() -> None:
     assert HELP.returncode == 0
-    for verb in ("quickstart", "doctor", "show", "finetune", "search", "ui", "schedule", "up", "down"):
+    verbs = "quickstart doctor show inspect prepare finetune search ui schedule up down"
+    for verb in verbs.split():
         assert f" {verb} " in HELP.stdout
-    assert [HELP.stdout.index(group) for group in ("Start", "Train", "Look", "Operate")] == sorted(
-        HELP.stdout.index(group) for group in ("Start", "Train", "Look", "Operate")
-    )
+    places = [HELP.stdout.index(f" {group} ") for group in ("Start", "Data", "Train", "Look", "Operate")]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,8 @@ def _ticks(end: int) -> Sequence[int]:
     """Round numbers from 0 to at most `end`, `TICKS` of them or fewer."""
     rough = max(end / (TICKS - 1), 1)
     power = 10 ** math.floor(math.log10(rough))
-    step = next(int(factor * power) for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
+    factors = (1, 2, 5, 10) if power == 1 else (1, 2, 2.5, 5, 10)
+    step = next(int(factor * power) for factor in factors if factor * power >= rough)
     return range(0, end + 1, step)
 
 
