@@ -126,7 +126,7 @@ def print_data_report(console: Console, report: Mapping[str, Any], batch_size: i
     _print_line(
         console,
         f"{report['rows_read']:,} rows read = {report['rows_used']:,} used + "
-        f"{report['duplicates']:,} duplicate{'s' * (report['duplicates'] != 1)} + {report['rejected']:,} rejected",
+        f"{report['duplicates']:,} duplicates + {report['rejected']:,} rejected",
         "bold",
     )
     console.print(_splits(report))

@@ -221,12 +221,12 @@ def test_a_source_is_taken_as_it_is_written_whatever_yaml_would_make_of_it() -> 
         settings = data_settings(source, None, ["data.seed=3"])
         words = shlex.split(finetune_command(settings, QUICKSTART, []))[3:]
         assert load_settings(QUICKSTART, words).data == settings.data
-        assert shlex.split(prepare_command(source, None, ["a=b c"])) == [
-            "tunesmith",
-            "prepare",
-            source,
-            "a=b c",
-        ]
+        clean: dict[str, Any] = {"reasons": {"duplicate": {}}}
+        prepared = ["tunesmith", "prepare", source, "a=b c"]
+        assert shlex.split(prepare_command(source, None, ["a=b c"], clean)) == prepared
+        faulty: dict[str, Any] = {"reasons": {"json": {}}}
+        skipping = [*prepared, "data.on_bad_row=skip"]
+        assert shlex.split(prepare_command(source, None, ["a=b c"], faulty)) == skipping
 
 
 def test_prepare_puts_a_whole_copy_in_place_of_an_earlier_one(

@@ -132,7 +132,7 @@ def _markdown_lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"**{report['rows_read']:,} rows read = {report['rows_used']:,} used + "
-        f"{report['duplicates']:,} duplicate{'s' * (report['duplicates'] != 1)} + {report['rejected']:,} rejected.** "
+        f"{report['duplicates']:,} duplicates + {report['rejected']:,} rejected.** "
         f"Chat template: {_cell(report['template'])}; learnt: {_cell(report['supervise'])}."
     )
     yield ""
