@@ -50,7 +50,7 @@ def test_help_names_every_verb_in_its_group() -> None:
     verbs = "quickstart doctor show inspect prepare finetune search ui schedule up down"
     for verb in verbs.split():
         assert f" {verb} " in HELP.stdout
-    places = [HELP.stdout.index(f" {group} ") for group in ("Start", "Data", "Train", "Look", "Operate")]
+    places = [HELP.stdout.index(f"─ {group} ─") for group in ("Start", "Data", "Train", "Look", "Operate")]
     assert places == sorted(places)
 
 

@@ -304,6 +304,18 @@ def test_a_run_killed_between_the_renames_is_mended_by_the_next(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_next_run_puts_back_what_a_killed_one_moved_even_when_it_fails_itself(
+    verb: Verb, stand_in: list[DataSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise InputError("line 7 is bad")
+
+    monkeypatch.setattr("tasks.prepare.pipeline.prepare_data", refuse)
+    prepared(data._aside(tmp_path / "out"), "old")
+    assert verb("prepare", "--out", str(tmp_path / "out"))[0] == 2
+    assert mark(tmp_path / "out") == "old"
+
+
 @pytest.mark.parametrize("name", ["inspect", "prepare"])
 def test_faults_known_beforehand_are_named_before_anything_is_imported(
     name: str, capsys: pytest.CaptureFixture[str], stand_in: list[DataSettings]
