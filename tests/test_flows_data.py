@@ -149,7 +149,7 @@ def test_inspect_prints_the_report_and_the_command_that_prepares(
     assert "96 steps at train.batch_size=8" in told
     assert told.count("⟦") == 2
     words = shlex.split(told.strip().splitlines()[-1])
-    overrides = ["data.max_rows=100", "train.batch_size=8"]
+    overrides = ["data.max_rows=100", "train.batch_size=8", "data.on_bad_row=skip"]
     assert words == ["next", "tunesmith", "prepare", str(rows), *overrides, "--model", str(tiny_model.path)]
     app.parse_args(words[2:], exit_on_error=False, print_error=False)
 
