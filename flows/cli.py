@@ -122,9 +122,12 @@ def inspect(
 
     Parameters
     ----------
-    model: for whose tokenizer and chat template (model.source)
-    html: write the report as a page to this file
-    as_json: print the report as JSON, and nothing else
+    model
+        for whose tokenizer and chat template (model.source)
+    html
+        write the report as a page to this file
+    as_json
+        print the report as JSON, and nothing else
     """
     _quiet_prefect()
     from flows.data import check_page, data_settings, prepare_command
@@ -161,8 +164,10 @@ def prepare(
 
     Parameters
     ----------
-    model: for whose tokenizer and chat template (model.source)
-    out: put a copy here, in a new folder or in place of an earlier one
+    model
+        for whose tokenizer and chat template (model.source)
+    out
+        put a copy here, in a new folder or in place of an earlier one
     """
     _quiet_prefect()
     from flows.data import PAGE_FILE, data_settings, finetune_command
@@ -207,8 +212,10 @@ def search(
 
     Parameters
     ----------
-    trials: how many to train (search.trials)
-    budget: memory for one trial: 8GB, or 75% of what is free (search.budget)
+    trials
+        how many to train (search.trials)
+    budget
+        memory for one trial: 8GB, or 75% of what is free (search.budget)
     """
     given = [f"search.trials={trials}"] if trials is not None else []
     given += [f"search.budget={budget}"] if budget is not None else []
@@ -247,8 +254,10 @@ def schedule(
 
     Parameters
     ----------
-    cron: when, for example "0 2 * * *" for two o'clock every night
-    timezone: of the cron expression, for example Europe/Berlin; this machine's by default
+    cron
+        when, for example "0 2 * * *" for two o'clock every night
+    timezone
+        of the cron expression, for example Europe/Berlin; this machine's by default
     """
     from flows.deploy import schedule as serve
     from flows.prefect_environment import prepare_prefect

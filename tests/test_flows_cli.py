@@ -158,3 +158,20 @@ def test_a_signal_ends_a_run_cleanly(
 
 def test_every_verb_has_a_help_line() -> None:
     assert all(command.help for command in app.subapps)
+
+
+@pytest.mark.parametrize(
+    ("verb", "meanings"),
+    [
+        ("inspect", ("model.source", "as a page", "as JSON")),
+        ("prepare", ("model.source", "put a copy here")),
+        ("search", ("how many to train", "memory for one trial")),
+        ("schedule", ("two o'clock every night", "Europe/Berlin")),
+    ],
+)
+def test_the_help_of_a_verb_says_what_its_options_mean(
+    verb: str, meanings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([verb, "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(meaning in told for meaning in meanings)
