@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import types
 from dataclasses import replace
@@ -161,6 +162,70 @@ def test_accounts_close_over_any_rows(
     assert report["duplicates"] + report["rejected"] == len(rejected(output))
     assert all(report["splits"][split]["rows"] for split in SPLITS)
     assert report["rows_used"] == len(fitting)
+
+
+def forms(number: int) -> list[dict[str, Any]]:
+    question, answer = f"question {number}", f"answer {number}"
+    turns = row((question, answer)).messages
+    return [
+        {"messages": turns},
+        {"prompt": question, "completion": answer},
+        {"prompt": question, "response": answer, "id": number},
+        {"question": question, "answer": answer},
+        {"instruction": question, "input": "", "output": answer},
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        {"text": f"{question} {answer}"},
+    ]
+
+
+FAULTY = [
+    b'{"prompt": "a", ',
+    b'{"prompt": "\xff", "completion": "b"}',
+    b'{"prompt": "a", "prompt": "b", "completion": "c"}',
+    b'{"prompt": NaN, "completion": "b"}',
+    b'{"messages": [{"role": "usr", "content": "a"}]}',
+    b'{"messages": [{"role": "assistant", "content": "a"}]}',
+    b'{"prompt": "a", "completion": "  "}',
+    b'{"prompt": 3, "completion": "b"}',
+    b"[1, 2]",
+    b'{"odd": 1}',
+]
+
+lines_strategy = st.lists(
+    st.one_of(
+        st.builds(lambda n, form: json.dumps(forms(n)[form]).encode(), st.integers(0, 30), st.integers(0, 6)),
+        st.sampled_from(FAULTY),
+        st.just(json.dumps({"prompt": "word " * 100, "completion": "x"}).encode()),
+        st.sampled_from([b"", b"   "]),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lines=lines_strategy, ending=st.sampled_from([b"\n", b"\r\n"]), bom=st.booleans(), packed=st.booleans()
+)
+def test_accounts_close_over_any_mixture_of_forms_and_faults(
+    tmp_path: Path, model: ModelFolder, lines: list[bytes], ending: bytes, bom: bool, packed: bool
+) -> None:
+    lines = [*lines, *(json.dumps(forms(100 + n)[1]).encode() for n in range(3))]
+    content = b"\xef\xbb\xbf" * bom + ending.join(lines)
+    path = tmp_path / ("rows.jsonl.gz" if packed else "rows.jsonl")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    data = DataSettings(source=str(path), on_bad_row="skip", max_seq_length=150)
+    output = prepare_data(data, model)
+    report = output.read_json("report.json")
+    written = [line for line in lines if line.strip()]
+    assert report["rows_read"] == len(written)
+    assert report["rows_read"] == report["rows_used"] + report["duplicates"] + report["rejected"]
+    assert report["rows_used"] == sum(len(load_rows(output.path, name)) for name in SPLITS)
+    unused = rejected(output)
+    assert report["duplicates"] + report["rejected"] == len(unused)
+    assert [one["line"] for one in unused] == sorted({one["line"] for one in unused})
+    faulty = [number for number, line in enumerate(lines, start=1) if line in FAULTY]
+    policy = ("duplicate", "too_long")
+    assert [one["line"] for one in unused if one["reason"].split(":")[0] not in policy] == faulty
 
 
 def test_accounts_that_do_not_close_stop_the_step(

@@ -59,10 +59,10 @@ def prepare_data(data: DataSettings, model: ModelFolder, run: Run | None = None)
         "tokenizer": tokenizer_digest(model.path),
     }
     output = run_step("prepare", inputs, lambda folder: _make(folder, data, model))
-    report = output.read_json(REPORT_FILE)
-    if advice := report["guidance"]["advice"]:
-        log.warning("prepare: %s", advice)
     if run is not None:
+        report = output.read_json(REPORT_FILE)
+        if advice := report["guidance"]["advice"]:
+            log.warning("prepare: %s", advice)
         run.set_tags({"tunesmith.data": output.fingerprint})
         run.log_files(output.path, "data", only=(REPORT_FILE, PAGE_FILE, REJECTED_FILE))
         run.log_dataset(output, report)

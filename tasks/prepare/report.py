@@ -42,24 +42,16 @@ def guidance(goal: str, rows: int) -> dict[str, Any]:
     """Whether so many training rows are enough for a goal; `advice` is empty when they are."""
     minimum, recommended = GUIDANCE[goal]
     advice = ""
-    if rows < minimum:
-        advice = (
-            f"{rows} training rows are too few to teach a {goal}: {minimum} at the least, "
-            f"{recommended} or more are recommended (data.goal={goal})"
-        )
-    elif rows < recommended:
-        advice = (
-            f"{rows} training rows may do for a {goal}; {recommended} or more are recommended "
-            f"(data.goal={goal})"
-        )
+    if rows < recommended:
+        few = f"less than the {minimum} it takes at least" if rows < minimum else "which may do"
+        count = f"{rows} training row{'s' * (rows != 1)}"
+        advice = f"{count} for data.goal={goal}, {few}; {recommended} or more are recommended"
     return {
         "goal": goal,
         "rows": rows,
         "minimum": minimum,
         "recommended": recommended,
-        "advice": advice.replace("teach a broad", "teach broad knowledge").replace(
-            "for a broad", "for broad knowledge"
-        ),
+        "advice": advice,
     }
 
 
