@@ -72,6 +72,7 @@ READ = {
     "jsonl_types.jsonl": (1, "1-5 type, 7-19 type"),
     "jsonl_unknown_form.jsonl": (1, "1-5 format, 7 empty"),
     "jsonl_utf16_without_bom.jsonl": (0, "1-2 nul"),
+    "jsonl_zero_padded.jsonl.gz": (2, ""),
     "parquet_invalid_utf8.parquet": (2, "2 encoding"),
     "parquet_mixed.parquet": (2, "1 column, 3-4 empty"),
     "parquet_no_rows.parquet": (0, ""),
@@ -232,11 +233,14 @@ def test_a_cell_an_element_and_a_line_of_text_may_be_as_long(tmp_path: Path) -> 
     assert peak_bytes(array) < 100_000_000
 
 
-def test_a_line_that_is_just_not_too_long_is_a_row(tmp_path: Path) -> None:
-    before, after = b'{"prompt": "a", "completion": "', b'"}\n'
-    room = (32 << 20) - len(before) - len(after)
-    assert read(write(tmp_path / "rows.jsonl", before, b"b" * room, after)) == (1, [])
-    assert read(write(tmp_path / "rows.jsonl", before, b"b" * (room + 1), after)) == (0, [(1, "too_large")])
+def test_a_row_that_is_just_not_too_long_is_read(tmp_path: Path) -> None:
+    before, after = b'{"prompt": "a", "completion": "', b'"}'
+    fits = b"b" * ((32 << 20) - len(before) - len(after))
+    lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    assert read(write(lines, before, fits[1:], after, b"\n")) == (1, [])
+    assert read(write(lines, before, fits, after, b"\n")) == (0, [(1, "too_large")])
+    assert read(write(array, b"[", before, fits, after, b"]")) == (1, [])
+    assert read(write(array, b"[", before, fits, b"b", after, b"]")) == (0, [(1, "too_large")])
 
 
 @pytest.mark.parametrize("separator", [b",\n", b"," + b"\n" * 9999])

@@ -26,6 +26,7 @@ from tasks.prepare.formats import FORMATS, Forms
 from tasks.prepare.hub import hub_inputs, read_hub
 from tasks.prepare.rows import Messages, Note, Row
 from tasks.prepare.sources import READERS, check_source, read_source, source_inputs, source_size_bytes
+from tasks.prepare.strict_json import StrictJson
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 
@@ -191,12 +192,23 @@ def test_pairs_of_lines_are_read_as_they_stand(pairs: list[tuple[str, str]], com
     assert [row.line for row in rows] == [3 * index + 1 for index in range(len(pairs))]
 
 
-def test_a_large_element_is_parsed_from_a_window_that_grows(tmp_path: Path) -> None:
+def test_a_large_element_is_parsed_from_a_window_that_grows_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse_at, attempts = StrictJson.parse_at, 0
+
+    def counted(json_text: StrictJson, text: str, start: int) -> tuple[Any, int]:
+        nonlocal attempts
+        attempts += 1
+        return parse_at(json_text, text, start)
+
+    monkeypatch.setattr(StrictJson, "parse_at", counted)
     rows = [{"prompt": "a", "completion": f'\\ " \U0001f600 {"é" * size}'} for size in (0, 3_000_000, 70_000)]
     for name, compress in COMPRESSIONS.items():
         source = tmp_path / f"rows.json{name}"
-        source.write_bytes(compress(json.dumps(rows).encode()))
+        source.write_bytes(compress(json.dumps(rows, ensure_ascii=False).encode()))
         assert [row.messages[1]["content"] for row in read(source)] == [row["completion"] for row in rows]
+    assert attempts < 3 * 20
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 64])
@@ -207,12 +219,12 @@ def test_an_array_is_the_same_wherever_its_window_ends(
     row = '{"prompt": "\\ud83d\\ude00 \\\\ é", "n": [-12.5e-3, true, null, 123], "completion": "b"}'
     deep = "[" * 5000 + '"]\\\\\\""' + "]" * 5000
     source = tmp_path / "rows.json"
-    source.write_text(f"[ {row} ,\r\n{row}\r\n, 123456, {deep}, {row}\r\n]", newline="")
+    source.write_text(f"\r\n[ 123456 , {row} ,\r\n{row}\r\n, {deep}, {row}\r\n]", newline="")
     items = [*read_source(data(source))]
     assert [(item.line, getattr(item, "kind", "row")) for item in items] == [
-        (1, "column"), (1, "row"), (2, "row"), (3, "type"), (3, "nested"), (3, "row"), (1, "crlf"),
+        (2, "type"), (2, "column"), (2, "row"), (3, "row"), (4, "nested"), (4, "row"), (1, "crlf"),
     ]  # fmt: skip
-    assert items[1].messages[0]["content"] == "\U0001f600 \\ é"  # type: ignore[union-attr]
+    assert items[2].messages[0]["content"] == "\U0001f600 \\ é"  # type: ignore[union-attr]
 
 
 def test_cells_of_a_windows_file_have_plain_line_ends_and_others_keep_theirs(tmp_path: Path) -> None:
@@ -231,6 +243,21 @@ def test_a_parquet_file_is_read_batch_by_batch_and_only_where_it_is_learnt(tmp_p
     assert [(item.line, item.messages[0]["content"]) for item in items if isinstance(item, Row)] == [
         (i + 1, f"a{i}") for i in range(1000)
     ]
+
+
+def test_a_null_in_a_parquet_file_is_a_value_that_is_not_there(tmp_path: Path) -> None:
+    tools = [{"name": "f", "parameters": {"a": {"type": "string"}}}, {"name": "g", "parameters": {"b": [1]}}]
+    call = {"function": {"name": "f", "arguments": {"a": "x"}}}
+    chat = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [call, {"function": {"name": "g", "arguments": {"b": 1}}}]},
+    ]
+    source = tmp_path / "rows.parquet"
+    parquet.write_table(pa.Table.from_pylist([{"messages": chat, "tools": tools}]), source)
+    [row] = read(source)
+    assert [tool["function"] for tool in row.tools or []] == tools
+    assert [one["function"]["arguments"] for one in row.messages[1]["tool_calls"]] == [{"a": "x"}, {"b": 1}]
+    assert row.messages[0] == chat[0]
 
 
 # What can be said before anything is read.
