@@ -378,7 +378,10 @@ def _explain(error: ValidationError, path: Path | None) -> str:
             lines.append(f"unknown setting '{key}'{_nearest(key)}")
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            lines.append(f"{key} = {fault['input']!r}: {message[0].lower()}{message[1:]}")
+            # A fault of several keys together: the section's values would drown it.
+            of_section = fault["type"] == "value_error" and isinstance(fault["input"], Mapping)
+            place = (key and f"{key}: ") if of_section else f"{key} = {fault['input']!r}: "
+            lines.append(f"{place}{message[0].lower()}{message[1:]}")
     where = f"{path}: " if path else ""
     return where + f"\n{where}".join(lines)
 

@@ -47,13 +47,13 @@ def adapter_config(
         InputError: more layers are asked for than the model has.
         ValueError: the settings name modules, and `keys` are not given.
     """
+    if settings.method == soft_prompt.KIND:
+        return {"fine_tune_type": soft_prompt.KIND, "prompt_tokens": settings.prompt_tokens}
     if settings.num_layers > layers_in_model:
         raise InputError(
             f"train.num_layers = {settings.num_layers}: the model has {layers_in_model} layers; "
             f"give 1 to {layers_in_model}, or -1 for all"
         )
-    if settings.method == soft_prompt.KIND:
-        return {"fine_tune_type": soft_prompt.KIND, "prompt_tokens": settings.prompt_tokens}
     if settings.method == full.KIND:
         return {"fine_tune_type": full.KIND, "num_layers": settings.num_layers}
     if keys is None and settings.targets != (ALL_LINEAR,):
@@ -118,7 +118,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     weights: dict[str, mx.array] = mx.load(str(folder / WEIGHTS_FILE))  # type: ignore[assignment]
     if odd := sorted(set(expected) ^ set(weights)):
         raise InputError(f"{folder / WEIGHTS_FILE}: {len(odd)} tensors missing or unknown, first {odd[0]}")
-    for name, array in weights.items():
+    for name, array in sorted(weights.items()):
         if array.shape != expected[name].shape:
             raise InputError(
                 f"{folder / WEIGHTS_FILE}: {name} is {array.shape}, expected {expected[name].shape}"
