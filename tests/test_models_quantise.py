@@ -63,16 +63,24 @@ def test_it_lies_beside_imported_models_under_a_fingerprint_of_its_own_and_is_ma
     assert json.loads((folder.path / "config.json").read_text())["quantization"]["bits"] == 4
 
 
-def test_a_gguf_file_is_quantised_from_what_it_stands_for(tmp_path: Path) -> None:
-    """Its own quantised form stays out of it, so that a Mac and a CPU have the same base."""
+def test_a_gguf_file_is_quantised_from_what_it_stands_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own quantised form, which a GPU would keep, stays out of it: a Mac and a CPU have the same base."""
+    monkeypatch.setattr("tasks.models.gguf_import.on_gpu", lambda: True)
     write_tiny_gguf(tmp_path / "tiny.gguf", kind=Q4_0)
     folder = quantised(tmp_path / "tiny.gguf", bits=8)
     assert json.loads((folder.path / "config.json").read_text())["quantization"]["bits"] == 8
     assert folder.name == "tiny-8bit"
 
 
-def test_a_quantised_base_is_not_quantised_again(tiny_model: ModelFolder) -> None:
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_a_quantised_base_is_not_quantised_again(tiny_model: ModelFolder, key: str) -> None:
+    """Model folders have either key, or as mlx-lm writes it both."""
     folder = quantised(tiny_model.path, bits=4)
+    config = json.loads((folder.path / "config.json").read_text())
+    del config[key]
+    (folder.path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"quantised already; leave model\.quantize out"):
         quantised(folder.path, bits=8)
 
@@ -81,6 +89,15 @@ def test_a_group_size_that_fits_no_matrix_is_refused_and_leaves_nothing(tiny_mod
     with pytest.raises(InputError, match=r"group_size = 128: no matrix"):
         quantised(tiny_model.path, bits=4, group_size=128)
     assert not list((cache_dir() / "models").iterdir())
+
+
+def test_damaged_weights_are_refused_before_they_are_read(tiny_model: ModelFolder, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(tiny_model.path, source)
+    with (source / "model.safetensors").open("ab") as file:
+        file.write(b"tail")
+    with pytest.raises(InputError, match=r"model\.safetensors: tensors end at byte"):
+        quantised(source, bits=4)
 
 
 def test_code_beside_the_weights_is_not_copied(tiny_model: ModelFolder, tmp_path: Path) -> None:

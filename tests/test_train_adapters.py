@@ -131,6 +131,16 @@ def test_a_new_adapter_leaves_the_model_as_it_was_and_depends_on_its_seed_alone(
     assert same(adapter, other) == (method == "full")
 
 
+def test_what_is_drawn_depends_on_names_and_not_on_the_order_of_modules() -> None:
+    turned = tiny_network()
+    for layer in turned.layers:
+        layer.self_attn = layer.pop("self_attn")
+    assert list(turned.layers[0]) != list(tiny_network().layers[0])
+    add_adapter(turned, config_of(turned, settings_of()), 0)
+    for name, array in adapter_weights(adapted(settings_of())).items():
+        assert mx.array_equal(array, adapter_weights(turned)[name]), name
+
+
 def test_a_is_drawn_in_the_bounds_of_the_input_width() -> None:
     for name, array in adapter_weights(adapted(settings_of(rank=16))).items():
         if name.endswith("lora_a"):

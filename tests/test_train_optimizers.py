@@ -171,9 +171,11 @@ def test_weight_decay_shrinks_by_rate_times_decay(name: str) -> None:
     assert np.allclose(decay_of(name), 1 - 0.1 * 0.5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("adamw", 1.0), ("adam", 1.0), ("lion", 1.0), ("sgd", 3.0)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("adamw", 1.0), ("adam", 1.0), ("lion", 1.0), ("adafactor", 1.0), ("sgd", 3.0)]
+)
 def test_the_first_update_is_of_the_size_its_paper_gives(name: str, expected: float) -> None:
-    """Bias-corrected Adam and Lion step by the rate whatever the gradient's size; SGD by rate · gradient."""
+    """Bias-corrected Adam, Lion and Adafactor step by the rate, whatever the sizes; SGD by rate · gradient."""
     layer = nn.Linear(4, 4, bias=False)
     before = np.array(layer.weight)
     optimizer = make_optimizer(settings_of(name))

@@ -58,7 +58,10 @@ def test_it_begins_as_embeddings_of_tokens_drawn_from_the_seed() -> None:
     table = np.array(tiny_network().model.embed_tokens.weight)
     for vector in np.array(prompt_of(prompted())):
         assert (np.abs(table - vector).sum(axis=1) == 0).any()
-    assert prompt_of(prompted()).dtype == mx.float32
+    half = tiny_network(dtype="bfloat16")
+    add_adapter(half, CONFIG, 0)
+    assert prompt_of(half).dtype == mx.float32
+    assert half(mx.array([prefix_ids(half)])).dtype == mx.bfloat16
     assert mx.array_equal(prompt_of(prompted()), prompt_of(prompted()))
     assert not mx.array_equal(prompt_of(prompted()), prompt_of(prompted(seed=1)))
 

@@ -90,8 +90,7 @@ def _merge(network: nn.Module) -> None:
     from mlx_lm.utils import dequantize_model
 
     merged = [(name, _merged(layer)) for name, layer in network.named_modules() if hasattr(layer, "fuse")]
-    if merged:  # full training wraps nothing
-        network.update_modules(tree_unflatten(merged))
+    network.update_modules(tree_unflatten(merged))
     dequantize_model(network)
 
 
