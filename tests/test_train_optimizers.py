@@ -175,7 +175,7 @@ def test_weight_decay_shrinks_by_rate_times_decay(name: str) -> None:
     ("name", "expected"), [("adamw", 1.0), ("adam", 1.0), ("lion", 1.0), ("adafactor", 1.0), ("sgd", 3.0)]
 )
 def test_the_first_update_is_of_the_size_its_paper_gives(name: str, expected: float) -> None:
-    """Bias-corrected Adam, Lion and Adafactor step by the rate, whatever the sizes; SGD by rate · gradient."""
+    """Adam (bias-corrected), Lion and Adafactor step by the rate; SGD by rate · gradient."""
     layer = nn.Linear(4, 4, bias=False)
     before = np.array(layer.weight)
     optimizer = make_optimizer(settings_of(name))
