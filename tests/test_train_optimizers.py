@@ -89,6 +89,17 @@ def test_training_everything_is_restored_too(name: str) -> None:
     assert same_bytes(adapter_weights(first), adapter_weights(straight))
 
 
+@pytest.mark.parametrize("ratio", [1.0, 4.0], ids=["", "lora+"])
+def test_an_optimizer_saved_before_its_first_update_is_restored(ratio: float) -> None:
+    settings = settings_of("adamw", lora_plus_ratio=ratio)
+    straight, resumed = network_for(settings), network_for(settings)
+    run(straight, make_optimizer(settings), range(1, 3))
+    optimizer = make_optimizer(settings)
+    restore_optimizer(optimizer, resumed, optimizer_state(make_optimizer(settings)))
+    run(resumed, optimizer, range(1, 3))
+    assert same_bytes(adapter_weights(resumed), adapter_weights(straight))
+
+
 def test_state_of_another_optimizer_or_of_other_parameters_is_refused() -> None:
     settings = settings_of("adamw")
     network, optimizer = network_for(settings), make_optimizer(settings)

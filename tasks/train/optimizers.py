@@ -53,7 +53,8 @@ def restore_optimizer(optimizer: optim.Optimizer, model: nn.Module, arrays: Mapp
     Raises:
         StepError: the arrays are those of another optimizer or of other parameters.
     """
-    optimizer.init(model.trainable_parameters())
+    if arrays.keys() != optimizer_state(optimizer).keys():  # else it was saved before its first update
+        optimizer.init(model.trainable_parameters())
     expected = {name: array.shape for name, array in optimizer_state(optimizer).items()}
     found = {name: array.shape for name, array in arrays.items()}
     if odd := sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name)):
