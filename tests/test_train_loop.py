@@ -190,9 +190,9 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path, spoil: object, message: st
 def test_a_folder_without_an_adapter_and_other_kinds_of_tuning_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no adapter_config\.json"):
         load_adapter(tiny_network(), tmp_path)
-    config = adapter_config(TrainSettings(num_layers=2), 4) | {"fine_tune_type": "full"}
+    config = adapter_config(TrainSettings(num_layers=2), 4) | {"fine_tune_type": "magic"}
     save_adapter(tmp_path, adapter_weights(tiny_network(TrainSettings(num_layers=2))), config)
-    with pytest.raises(InputError, match="fine_tune_type = 'full'"):
+    with pytest.raises(InputError, match="fine_tune_type = 'magic'"):
         load_adapter(tiny_network(), tmp_path)
 
 

@@ -47,12 +47,13 @@ def _measure(
     from tasks.models.load import load_model
     from tasks.train.adapters import load_adapter
     from tasks.train.loss import mean_loss
+    from tasks.train.soft_prompt import prefix_ids, with_prefix
 
     loaded = load_model(model)
     who = "tuned" if adapter else "base"
     if adapter:
         load_adapter(loaded.model, adapter)
-    test = load_splits(data.path)["test"]
+    test = with_prefix(load_splits(data.path)["test"], prefix_ids(loaded.model))
     test_loss = mean_loss(loaded.model, test, settings.batch_size, f"test loss, {who}")
     figures: dict[str, Any] = {"test_loss": test_loss, "perplexity": math.exp(test_loss)}
     chats = [row for row in load_rows(data.path, "test") if "text" not in row][: settings.samples]
@@ -109,11 +110,14 @@ def _generate(
     """Greedy answers by batched decoding, and the number of tokens generated."""
     from mlx_lm.generate import batch_generate
 
+    from tasks.train.soft_prompt import prefix_ids
+
+    prefix = prefix_ids(loaded.model)
     answers: list[str] = []
     generated = 0
     with progress(f"answers, {who}", total=len(prompts)) as bar:
         for start in range(0, len(prompts), settings.batch_size):
-            group = prompts[start : start + settings.batch_size]
+            group = [prefix + prompt for prompt in prompts[start : start + settings.batch_size]]
             made = batch_generate(loaded.model, loaded.tokenizer, group, max_tokens=settings.max_tokens)
             answers += [text.strip() for text in made.texts]
             generated += made.stats.generation_tokens

@@ -21,6 +21,7 @@ from tasks.progress import progress
 from tasks.train.adapters import adapter_weights
 from tasks.train.batches import Batch, steps_per_epoch, training_batches
 from tasks.train.loss import batch_loss, mean_loss, supervised
+from tasks.train.optimizers import make_optimizer
 from tasks.train.schedules import learning_rate_at
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -77,7 +78,7 @@ def fit(
         report(step, metrics)
 
     note(0, {"val_loss": result.val_loss_before})
-    optimizer = optim.AdamW(settings.learning_rate, weight_decay=settings.weight_decay, bias_correction=True)
+    optimizer = make_optimizer(settings)
     model.train()
     with progress("training", total=steps) as bar:
         for step, batch in enumerate(batches_of(train, settings, steps), start=1):
