@@ -486,6 +486,13 @@ def test_a_hub_dataset_with_nothing_held_out_is_split_like_one_file(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("hub_cache")
+def test_of_a_hub_dataset_only_its_training_split_is_read_beside_others(tmp_path: Path) -> None:
+    items = from_hub(dataset(tmp_path / "set", raw=pairs("raw", 2), train=pairs("train", 1)))
+    assert items[0] == Note("raw", 1, "file", "split 'raw'")
+    assert [item.messages[0]["content"] for item in items if isinstance(item, Row)] == ["train 0"]
+
+
+@pytest.mark.usefixtures("hub_cache")
 def test_faults_of_a_hub_dataset_are_told_like_those_of_a_file(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "a", "name": None}]}, {"messages": None}]
     items = from_hub(dataset(tmp_path / "set", train=rows))

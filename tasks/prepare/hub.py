@@ -34,22 +34,23 @@ def read_hub(data: DataSettings, forms: Forms) -> Stream:
         InputError: the dataset cannot be had, or has no columns that a row could be made of.
     """
     splits = _load(data)
-    parts = _parts(splits)
-    read = {part.name or next(iter(splits)) for part, _ in parts}
+    parts = _parts([*splits])
     for name in splits:
-        if name not in read:
+        if name not in parts:
             yield Part(name=name).note(1, "file", f"split '{name}'")
-    for part, dataset in parts:
-        columns, notes = table_columns(part, forms, dataset.column_names, data.source)
+    for name, part in parts.items():
+        columns, notes = table_columns(part, forms, splits[name].column_names, data.source)
         yield from notes
-        batches = dataset.select_columns(columns).with_format("arrow").iter(BATCH_ROWS)
+        batches = splits[name].select_columns(columns).with_format("arrow").iter(BATCH_ROWS)
         for number, batch in enumerate(batches):
             yield from batch_rows(part, forms, batch, number * BATCH_ROWS)
 
 
 def hub_inputs(data: DataSettings) -> dict[str, Any]:
     """What the rows depend on: the splits' names and contents."""
-    return {"splits": [[part.name, part.split, _digest(dataset)] for part, dataset in _parts(_load(data))]}
+    splits = _load(data)
+    parts = _parts([*splits])
+    return {"splits": [[part.name, part.split, _digest(splits[name])] for name, part in parts.items()]}
 
 
 def _load(data: DataSettings) -> dict[str, Any]:
@@ -68,15 +69,14 @@ def _load(data: DataSettings) -> dict[str, Any]:
         ) from None
 
 
-def _parts(splits: dict[str, Any]) -> list[tuple[Part, Any]]:
-    named = {name: split for name in splits if (split := split_of(name))}
-    read = named or dict.fromkeys(splits)
+def _parts(names: list[str]) -> dict[str, Part]:
+    """The hub splits to be read, in order, and what their rows carry."""
+    named = {name: split for name in names if (split := split_of(name))}
+    read = named or dict.fromkeys(names)
     if set(read.values()) == {"train"}:  # nothing is held out: split by hash
         read = dict.fromkeys(read)
-    parts = [
-        (Part(name=name if len(read) > 1 else "", split=split), splits[name]) for name, split in read.items()
-    ]
-    return sorted(parts, key=lambda part: READING_ORDER.index(part[0].split))
+    ordered = sorted(read, key=lambda name: READING_ORDER.index(read[name]))
+    return {name: Part(name=name if len(read) > 1 else "", split=read[name]) for name in ordered}
 
 
 def _digest(dataset: Any) -> str:
