@@ -32,6 +32,9 @@ EXPERIMENT_KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
 ERROR, PROCESS = "tunesmith.error", "tunesmith.process"
 """Tags: how a run ended early; which process works on it."""
 
+PAGE = 1000
+"""Runs asked for at once."""
+
 SEND_EVERY_S = 1.0
 """Points are sent together: SQLite takes 200 single writes a second and 12,000 in batches."""
 
@@ -220,7 +223,7 @@ def stored_runs(settings: TrackingSettings) -> list[StoredRun]:
     runs: list[StoredRun] = []
     token: str | None = None
     while True:
-        page = client.search_runs(experiments, page_token=token, max_results=1000)
+        page = client.search_runs(experiments, page_token=token, max_results=PAGE)
         for run in page:
             process = run.data.tags.get(PROCESS, "")
             runs.append(StoredRun(run.info.run_id, run.info.run_name or "", run.info.status, process))

@@ -87,13 +87,19 @@ def test_training_lowers_the_loss_and_equal_runs_give_equal_bytes(token_rows: To
     assert equal(first.best_weights, second.best_weights)
 
 
-def test_dropout_is_a_function_of_seed_and_step(token_rows: TokenRows) -> None:
-    _, first = train(token_rows, dropout=0.3)
-    mx.random.normal((5,))
-    _, second = train(token_rows, dropout=0.3)
-    _, other = train(token_rows, dropout=0.3, seed=1)
-    assert equal(first.best_weights, second.best_weights)
-    assert not equal(first.best_weights, other.best_weights)
+def test_dropout_is_a_function_of_seed_and_step_whatever_else_draws(token_rows: TokenRows) -> None:
+    def weights(seed: int, draw: bool) -> dict[str, mx.array]:
+        settings = TrainSettings(num_layers=2, batch_size=4, dropout=0.3, seed=seed)
+        network = tiny_network(settings)
+
+        def disturb(step: int, metrics: Mapping[str, float]) -> None:
+            if draw:
+                mx.eval(mx.random.normal((5,)))
+
+        return fit(network, token_rows, token_rows, settings, disturb).best_weights
+
+    assert equal(weights(0, draw=False), weights(0, draw=True))
+    assert not equal(weights(0, draw=False), weights(1, draw=False))
 
 
 def test_validating_more_often_does_not_change_training(token_rows: TokenRows) -> None:
@@ -254,10 +260,24 @@ def test_minutes_count_over_all_starts(token_rows: TokenRows, tmp_path: Path) ->
     settings = TrainSettings(num_layers=2, batch_size=4, epochs=50, steps_per_save=1, max_minutes=10)
     network = tiny_network(settings)
     kept = Checkpoints(tmp_path, settings)
-    state = Training(200, 0, 4, 1, step=3, position=3, seconds=10 * 60, history=[(0, {"val_loss": 9.0})])
+    state = Training(200, 0, 4, 1, step=3, position=3, seconds=10 * 60, peak_memory=99.0)
+    state.note({"train_loss": 2.0})
     kept.save(state, adapter_weights(network), optimizer_state(make_optimizer(settings)))
     result = fit(network, token_rows, token_rows, settings, lambda *_: None, kept)
     assert (result.step, result.ended_by, result.best_step) == (3, "max_minutes", 3)
+    assert result.seconds > 10 * 60
+    assert result.peak_memory == 99.0, "the highest of all starts"
+
+
+def test_a_run_stopped_before_its_first_update_for_long_still_trains(
+    token_rows: TokenRows, tmp_path: Path
+) -> None:
+    settings = TrainSettings(num_layers=2, batch_size=4, epochs=50, max_minutes=10)
+    network = tiny_network(settings)
+    kept = Checkpoints(tmp_path, settings)
+    state = Training(200, 0, 4, 1, seconds=10 * 60, history=[(0, {"val_loss": 9.0})])
+    kept.save(state, adapter_weights(network), optimizer_state(make_optimizer(settings)))
+    assert fit(network, token_rows, token_rows, settings, lambda *_: None, kept).step == 1
 
 
 def test_patience_ends_a_run_that_does_not_gain_and_keeps_its_best(token_rows: TokenRows) -> None:
