@@ -1,6 +1,6 @@
 """The `tunesmith` command: one word a verb, each a thin view of a flow or a function.
 
-Exit codes: 0 done, 1 failed, 2 wrong input, 130/143 stopped. Nothing heavy is imported before a
+Exit codes: 0 done, 1 failed, 2 wrong input, 130/143 stopped and resumable. Nothing heavy is imported before a
 verb needs it: `tunesmith --help` answers at once.
 """
 
@@ -188,15 +188,23 @@ def prepare(
 @app.command(name="finetune", group=TRAIN)
 def finetune(config: Config, overrides: Overrides | None = None, /) -> None:
     """Prepare, train, evaluate, fuse, register, report: one fine-tune as CONFIG says."""
-    started = time.perf_counter()
-    settings = _load(config, overrides)
-    with _screen() as shown:
-        with _prefect(settings):
-            from flows.finetune import finetune as flow
-        outcome = flow(settings)
-    from flows.tables import print_outcome
+    _finetune(_load(config, overrides))
 
-    print_outcome(shown.console, outcome, time.perf_counter() - started)
+
+@app.command(group=TRAIN)
+def resume(run: str, /) -> None:
+    """Go on with a finetune that was stopped, killed or failed, in its own MLflow run.
+
+    Parameters
+    ----------
+    run: the MLflow run: its id, the beginning of its id, or its name
+    """
+    from flows.prefect_environment import prepare_prefect
+    from flows.resume import find_interrupted
+
+    prepare_prefect(quiet=True)
+    interrupted = find_interrupted(run)
+    _finetune(interrupted.settings, interrupted.run_id)
 
 
 @app.command(group=TRAIN)
@@ -286,6 +294,17 @@ def down() -> None:
 
     with _screen() as shown:
         shown.line("Prefect is down" if stop() else "no local Prefect server was running")
+
+
+def _finetune(settings: Settings, resumed: str | None = None) -> None:
+    started = time.perf_counter()
+    with _screen() as shown:
+        with _prefect(settings):
+            from flows.finetune import finetune as flow
+        outcome = flow(settings, resumed)
+    from flows.tables import print_outcome
+
+    print_outcome(shown.console, outcome, time.perf_counter() - started)
 
 
 def _load(config: Path | None, overrides: list[str] | None) -> Settings:

@@ -45,9 +45,8 @@ def run_step(step: str, inputs: Mapping[str, Any], make: Callable[[Path], object
         inputs: everything the output depends on, as plain JSON values; the step's code is added.
         make: writes the output into the empty folder it is given.
     """
-    known = {**inputs, "code": code_version(step)}
-    print_of_inputs = fingerprint(known)
-    target = runs_dir() / "steps" / step / print_of_inputs
+    known = known_inputs(step, inputs)
+    target = output_folder(step, inputs)
     started = time.perf_counter()
     reused = target.is_dir()
     if reused:
@@ -56,7 +55,17 @@ def run_step(step: str, inputs: Mapping[str, Any], make: Callable[[Path], object
         with publishing(target) as draft:
             make(draft)
             write_json(draft / INPUTS_FILE, known)
-    return StepOutput(target, print_of_inputs, reused, time.perf_counter() - started)
+    return StepOutput(target, target.name, reused, time.perf_counter() - started)
+
+
+def output_folder(step: str, inputs: Mapping[str, Any]) -> Path:
+    """Where `run_step` publishes; the folder's name is the fingerprint of the inputs and the step's code."""
+    return runs_dir() / "steps" / step / fingerprint(known_inputs(step, inputs))
+
+
+def known_inputs(step: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything a step's output depends on: its inputs and its code."""
+    return {**inputs, "code": code_version(step)}
 
 
 def fingerprint(value: Any) -> str:
@@ -97,6 +106,15 @@ def publishing(target: Path) -> Iterator[Path]:
                 raise
         sync(target.parent)
     finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def remove_drafts(folder: Path, name: str = "*") -> None:
+    """Remove the drafts of outputs `name` in `folder` that killed processes left behind.
+
+    Only for whoever knows that nobody else writes them now, as the holder of their lock does.
+    """
+    for draft in folder.glob(f".{name}.*.draft"):
         shutil.rmtree(draft, ignore_errors=True)
 
 

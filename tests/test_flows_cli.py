@@ -47,7 +47,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
 
 def test_help_names_every_verb_in_its_group() -> None:
     assert HELP.returncode == 0
-    verbs = "quickstart doctor show inspect prepare finetune search ui schedule up down"
+    verbs = "quickstart doctor show inspect prepare finetune resume search ui schedule up down"
     for verb in verbs.split():
         assert f" {verb} " in HELP.stdout
     places = [HELP.stdout.index(f"─ {group} ─") for group in ("Start", "Data", "Train", "Look", "Operate")]
@@ -62,6 +62,7 @@ def test_help_names_every_verb_in_its_group() -> None:
         (["quickstart", "data.source=none.jsonl"], "none.jsonl"),
         (["quickstart", "model.source=./none.gguf"], "none.gguf"),
         (["quickstart", "model.source=some/folder/that/is/not"], "some/folder/that/is/not"),
+        (["resume"], "RUN"),
         (["search", "flows/configs/search.yaml", "--budget", "lots"], "budget 'lots'"),
         (["search", "flows/configs/search.yaml", "--trials", "0"], "search.trials = 0"),
         (["search", "flows/configs/search.yaml", "--trials", "many"], "many"),

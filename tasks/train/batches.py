@@ -1,7 +1,11 @@
-"""Batches that drop no row: every row once an epoch, padded to its neighbours' length."""
+"""Batches that drop no row: every row once an epoch, padded to its neighbours' length.
+
+Rows without a supervised token teach nothing and take no part: their mean loss would be 0/0.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,8 +15,14 @@ from numpy.typing import NDArray
 
 from tasks.prepare.splits import TokenRows
 
-POOL_BATCHES = 16
-"""Rows are sorted by length within pools of this many batches: little padding, still well mixed."""
+POOL_BATCHES = 32
+"""Rows are sorted by length within pools of this many batches: little padding, still well mixed.
+
+Within a pool the padding telescopes to at most `batch_size` times the pool's range of lengths. Of a
+large set's tokens that is at most (longest - shortest) / (32 x mean length): 6% where lengths are
+uniform in 10 to 400. Measured with 5,000 rows in batches of 4: 2.2% there, 10% for log-normal
+lengths (sigma 1, median 120, cut at 2,048), 2.2% for a mix of rows of 20 to 60 and 800 to 1,000.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,18 +67,48 @@ def epoch_batches(
     return batches
 
 
-def training_batches(rows: TokenRows, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Batches of epoch after epoch, without end."""
-    epoch = 0
+@dataclass(frozen=True)
+class Group:
+    """The batches of one update.
+
+    Attributes:
+        epoch: of the batch that comes after this group, from 0.
+        position: batches of that epoch that are done then.
+    """
+
+    batches: list[Batch]
+    epoch: int
+    position: int
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that the update teaches."""
+        return sum(batch.supervised_tokens for batch in self.batches)
+
+
+def update_groups(
+    rows: TokenRows, batch_size: int, accumulation_steps: int, seed: int, epoch: int = 0, position: int = 0
+) -> Iterator[Group]:
+    """The groups of batches of update after update, from a place on without end.
+
+    A group never crosses the border of an epoch: the last one of an epoch may hold fewer batches.
+    """
+    teaching = np.flatnonzero(_supervised_tokens(rows))
+    lengths = rows.lengths[teaching]
     while True:
-        for indices in epoch_batches(rows.lengths, batch_size, seed, epoch):
-            yield collate(rows, indices)
-        epoch += 1
+        order = epoch_batches(lengths, batch_size, seed, epoch)
+        for start in range(position, len(order), accumulation_steps):
+            members = order[start : start + accumulation_steps]
+            batches = [collate(rows, teaching[indices]) for indices in members]
+            after = start + len(members)
+            yield Group(batches, *((epoch, after) if after < len(order) else (epoch + 1, 0)))
+        epoch, position = epoch + 1, 0
 
 
-def steps_per_epoch(rows: TokenRows, batch_size: int) -> int:
-    """Batches in one epoch; the pools are whole batches, so only the last batch can be smaller."""
-    return -(-len(rows) // batch_size)
+def updates_per_epoch(rows: TokenRows, batch_size: int, accumulation_steps: int) -> int:
+    """Updates in one epoch; the pools are whole batches, so only the last batch can be smaller."""
+    teaching = int(np.count_nonzero(_supervised_tokens(rows)))
+    return math.ceil(math.ceil(teaching / batch_size) / accumulation_steps)
 
 
 def sorted_batches(rows: TokenRows, batch_size: int) -> Iterator[Batch]:
@@ -94,3 +134,9 @@ def collate(rows: TokenRows, indices: NDArray[np.int64]) -> Batch:
         targets=mx.array(tokens[:, 1:].reshape(-1)[positions]),
         rows=indices,
     )
+
+
+def _supervised_tokens(rows: TokenRows) -> NDArray[np.int64]:
+    """(rows,) supervised tokens in each row."""
+    before = np.concatenate([[0], np.cumsum(rows.supervised, dtype=np.int64)])
+    return before[rows.offsets[1:]] - before[rows.offsets[:-1]]  # type: ignore[no-any-return]

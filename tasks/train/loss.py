@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,17 +20,29 @@ def batch_loss(model: nn.Module, batch: Batch) -> mx.array:
     return nn.losses.cross_entropy(logits, batch.targets, reduction="mean")
 
 
-def mean_loss(model: nn.Module, rows: TokenRows, batch_size: int, title: str) -> float:
+def mean_loss(
+    model: nn.Module,
+    rows: TokenRows,
+    batch_size: int,
+    title: str,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> float:
     """Mean cross-entropy in nats over every supervised token of `rows`; reads no random state.
 
     The model is put into evaluation mode and left in the mode it was in. NaN for rows without a
     supervised token.
+
+    Args:
+        cancelled: asked before each batch; once it says yes, the work ends and the result is NaN.
     """
     training = model.training
     model.eval()
     total, count = 0.0, 0
     with progress(title, total=len(rows)) as bar:
         for batch in sorted_batches(rows, batch_size):
+            if cancelled():
+                total = math.nan
+                break
             if batch.supervised_tokens:
                 loss = batch_loss(model, batch)
                 total += float(loss) * batch.supervised_tokens
@@ -37,8 +50,3 @@ def mean_loss(model: nn.Module, rows: TokenRows, batch_size: int, title: str) ->
             bar.advance(len(batch.rows))
     model.train(training)
     return total / count if count else math.nan
-
-
-def supervised(batch: Batch) -> bool:
-    """Whether the batch teaches anything; its mean would be 0/0 otherwise."""
-    return batch.supervised_tokens > 0

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tasks.config import TrainSettings
+from tasks.errors import InputError
 from tasks.models.folder import ModelFolder
-from tasks.publish import StepOutput, run_step, write_json
+from tasks.publish import StepOutput, output_folder, remove_drafts, run_step, write_json
 from tasks.tracking import Run
+
+log = logging.getLogger(__name__)
 
 TRAINING_FILE = "training.json"
 ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json", TRAINING_FILE)
+
+TRAINING_TAG = "tunesmith.training"
+"""The fingerprint of what a run trains."""
+
+SAVING = {"steps_per_save", "minutes_per_save"}
+"""Settings that decide how often a run is saved, and nothing about what it finds."""
 
 
 def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput, run: Run) -> StepOutput:
     """Train an adapter, or find the one already trained from equal inputs; log it to the run either way.
 
-    The output holds the adapter in mlx-lm's layout and `training.json`: settings, fingerprints,
-    history and summary figures. An adapter found again brings its recorded history to the new run.
+    A training that was stopped or killed goes on from its newest checkpoint. The output holds the
+    adapter in mlx-lm's layout and `training.json`: settings, fingerprints, history, summary figures and
+    advice. An adapter found again, and a training that goes on, bring their history to the run.
 
     Raises:
-        InputError: the model has fewer layers than `num_layers`.
+        InputError: the model has fewer layers than `num_layers`; or the run has begun another training.
         StepError: a loss or gradient is not finite.
     """
-    inputs = {
-        "model": model.fingerprint,
-        "data": data.fingerprint,
-        "settings": settings.model_dump(mode="json"),
-        "device": _device(),
-    }
-    output = run_step("train", inputs, lambda draft: _train(draft, settings, model, data, inputs, run))
+    from tasks.train.checkpoints import checkpoints_folder, owned, remove_checkpoints
+
+    inputs = training_inputs(settings, model, data)
+    target = output_folder("train", inputs)
+    folder = checkpoints_folder(target.name)
+    _check_same_training(run, target.name)
+    with owned(folder, f"MLflow run {run.id}"):
+        remove_drafts(target.parent, target.name)
+        output = run_step("train", inputs, lambda draft: _train(draft, settings, model, data, inputs, run))
+        remove_checkpoints(folder)
     training = output.read_json(TRAINING_FILE)
     if output.reused:
         for step, metrics in training["history"]:
@@ -40,6 +54,27 @@ def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput,
     run.report(training["best_step"], {"best_val_loss": training["best_val_loss"]})
     run.log_files(output.path, "adapter", only=ADAPTER_FILES)
     return output
+
+
+def training_inputs(settings: TrainSettings, model: ModelFolder, data: StepOutput) -> dict[str, Any]:
+    """Everything the adapter depends on, and its checkpoints with it."""
+    return {
+        "model": model.fingerprint,
+        "data": data.fingerprint,
+        "settings": settings.model_dump(mode="json", exclude=SAVING),
+        "device": _device(),
+    }
+
+
+def _check_same_training(run: Run, fingerprint: str) -> None:
+    """Let a run that is resumed hold the curve of one training, not pieces of two."""
+    known = run.tag(TRAINING_TAG)
+    if known not in (None, fingerprint):
+        raise InputError(
+            f"run {run.id} has begun another training ({known}, now {fingerprint}): its model, its data or "
+            "Tunesmith itself have changed since; 'tunesmith finetune' starts anew"
+        )
+    run.set_tags({TRAINING_TAG: fingerprint})
 
 
 def _train(
@@ -59,6 +94,8 @@ def _train(
         count_parameters,
         save_adapter,
     )
+    from tasks.train.checkpoints import Checkpoints, checkpoints_folder
+    from tasks.train.health import advice
     from tasks.train.loop import fit
 
     splits = load_splits(data.path)
@@ -67,11 +104,15 @@ def _train(
     add_adapter(network, config, settings.seed)
     trainable = count_parameters(adapter_weights(network))
     run.set_tags({"tunesmith.trainable_parameters": trainable})
-    training = fit(network, splits["train"], splits["valid"], settings, run.report)
+    checkpoints = Checkpoints(checkpoints_folder(output_folder("train", inputs).name), settings)
+    training = fit(network, splits["train"], splits["valid"], settings, run.report, checkpoints)
+    told = advice(training.history)
+    for sentence in told:
+        log.warning("%s", sentence)
     save_adapter(draft, training.best_weights, config)
     write_json(
         draft / TRAINING_FILE,
-        {**training.summary(), "trainable_parameters": trainable, "inputs": inputs},
+        {**training.summary(), "trainable_parameters": trainable, "advice": told, "inputs": inputs},
     )
 
 
