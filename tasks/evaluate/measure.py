@@ -56,9 +56,9 @@ def _measure(
     test = with_prefix(load_splits(data.path)["test"], prefix_ids(loaded.model))
     test_loss = mean_loss(loaded.model, test, settings.batch_size, f"test loss, {who}")
     figures: dict[str, Any] = {"test_loss": test_loss, "perplexity": math.exp(test_loss)}
-    chats = [row for row in load_rows(data.path, "test") if "text" not in row][: settings.samples]
-    if chats:
-        figures |= _answers(loaded, chats, load_template(data.path), settings, who)
+    if settings.samples:
+        chats = [row for row in load_rows(data.path, "test") if "text" not in row][: settings.samples]
+        figures |= _answers(loaded, chats, load_template(data.path), settings, who) if chats else {}
     write_json(draft / EVALUATION_FILE, figures)
 
 

@@ -14,7 +14,7 @@ from tasks.errors import InputError
 from tasks.prepare.chats import json_line
 from tasks.prepare.rows import DUPLICATES, FAULTS, NOTES, REASONS, Note, Row, Stream, Unused
 
-EXAMPLES = 5
+EXAMPLES, NOTES_KEPT = 5, 20
 REFUSED_SHOWN = 10
 TEXT_SHOWN_CHARS = 2000
 REJECTED_FILE = "rejected.jsonl"
@@ -64,7 +64,7 @@ class Account:
             self._book(one)
         for note in notes:
             self.notes[note.kind] += 1
-            self._keep(note.kind, note)
+            self._keep(note.kind, note, NOTES_KEPT)
         self.used += len(used)
         self.formats.update(row.format for row in used)
 
@@ -102,7 +102,7 @@ class Account:
 
     def _book(self, one: Unused) -> None:
         self.reasons[one.kind] += 1
-        self._keep(one.kind, one)
+        self._keep(one.kind, one, EXAMPLES)
         written = {"line": one.line, "reason": f"{one.kind}: {one.detail}", "text": one.text}
         self._rejected.write(json_line({"file": one.file, **written} if one.file else written))
         ends = one.kind in FAULTS and self.data.on_bad_row == "fail"
@@ -111,8 +111,8 @@ class Account:
             if len(self.refused) < REFUSED_SHOWN:
                 self.refused.append(one)
 
-    def _keep(self, kind: str, one: Unused | Note) -> None:
-        if len(self.examples[kind]) < EXAMPLES:
+    def _keep(self, kind: str, one: Unused | Note, most: int) -> None:
+        if len(self.examples[kind]) < most:
             self.examples[kind].append(one)
 
     def _first(self, kind: str) -> list[dict[str, Any]]:

@@ -33,7 +33,8 @@ def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput,
     advice. An adapter found again, and a training that goes on, bring their history to the run.
 
     Raises:
-        InputError: the model has fewer layers than `num_layers`; or the run has begun another training.
+        InputError: the model does not allow the settings, as more layers than it has; or the run has
+            begun another training.
         StepError: a loss or gradient is not finite.
     """
     from tasks.train.checkpoints import checkpoints_folder, owned, remove_checkpoints
@@ -97,10 +98,14 @@ def _train(
     from tasks.train.checkpoints import Checkpoints, checkpoints_folder
     from tasks.train.health import advice
     from tasks.train.loop import fit
+    from tasks.train.quantised_base import check_base
+    from tasks.train.targets import target_keys
 
     splits = load_splits(data.path)
+    check_base(settings.method, model.config())
     network = load_model(model.path).model
-    config = adapter_config(settings, len(network.layers))
+    keys = target_keys(network, settings.targets, settings.num_layers)
+    config = adapter_config(settings, len(network.layers), keys)
     add_adapter(network, config, settings.seed)
     trainable = count_parameters(adapter_weights(network))
     run.set_tags({"tunesmith.trainable_parameters": trainable})
