@@ -102,8 +102,11 @@ def assert_equal_runs(
         {"accumulation_steps": 2, "dropout": 0.2, "steps_per_eval": 8},
         {"steps_per_eval": 3, "learning_rate": 0.3},
         {"steps_per_save": 5, "max_grad_norm": None},
+        {"grad_checkpoint": True, "dropout": 0.2},
+        {"optimizer": "muon", "lora_plus_ratio": 16.0, "learning_rate": 1e-3},
+        {"optimizer": "adafactor", "weight_decay": 0.1},
     ],
-    ids=lambda changes: ",".join(changes) or "plain",
+    ids=lambda changes: ",".join(map(str, changes.items())) or "plain",
 )
 def test_eight_and_eight_resumed_steps_equal_sixteen_straight_ones_byte_for_byte(
     changes: dict[str, object], token_rows: TokenRows, tmp_path: Path, caplog: pytest.LogCaptureFixture
