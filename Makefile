@@ -6,9 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHMARKS := quickstart
+BENCHMARKS := quickstart prepare
 
-.PHONY: setup quickstart test slow lint format bench lock clean-venv
+.PHONY: setup quickstart test slow kill lint format bench lock clean-venv
 
 setup: $(READY)
 ifdef EXTRA
@@ -36,6 +36,10 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or real"
+
+# A training killed with -9 at 120 points and resumed each time: two minutes, part of `make slow` too.
+kill: $(READY)
+	$(BIN)/python -m pytest -m slow tests/test_train_kill.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

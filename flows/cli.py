@@ -1,11 +1,12 @@
 """The `tunesmith` command: one word a verb, each a thin view of a flow or a function.
 
-Exit codes: 0 done, 1 failed, 2 wrong input, 130/143 stopped. Nothing heavy is imported before a
+Exit codes: 0 done, 1 failed, 2 wrong input, 130/143 stopped and resumable. Nothing heavy is imported before a
 verb needs it: `tunesmith --help` answers at once.
 """
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ CONFIGS = Path(__file__).parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
 START = Group.create_ordered("Start")
+DATA = Group.create_ordered("Data")
 TRAIN = Group.create_ordered("Train")
 LOOK = Group.create_ordered("Look")
 OPERATE = Group.create_ordered("Operate")
@@ -38,6 +40,7 @@ app = App(
 )
 
 Config = Annotated[Path, Parameter(help="a YAML file of settings")]
+Data = Annotated[str, Parameter(help="what data.source takes: a file, a folder, a hub dataset, 'stdlib'")]
 Overrides = Annotated[list[str], Parameter(help="settings laid over the file: section.key=value")]
 
 
@@ -105,18 +108,103 @@ def show(config: Config | None = None, overrides: Overrides | None = None, /) ->
     print_settings(Console(), _load(config, overrides), overrides or [])
 
 
+@app.command(group=DATA)
+def inspect(
+    data: Data,
+    overrides: Overrides | None = None,
+    /,
+    *,
+    model: str | None = None,
+    html: Path | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Look at rows before they are used: what is wrong with which, lengths, splits, what will be learnt.
+
+    Parameters
+    ----------
+    model
+        for whose tokenizer and chat template (model.source)
+    html
+        write the report as a page to this file
+    as_json
+        print the report as JSON, and nothing else
+    """
+    _quiet_prefect()
+    from flows.data import check_page, data_settings, prepare_command
+    from flows.data import inspect as look
+    from flows.tables import SAMPLES, print_commands, print_data_report
+    from tasks.prepare.page import write_page
+
+    settings = data_settings(data, model, overrides or [])
+    if html is not None:
+        check_page(html)
+    _check(settings)
+    with _waits():
+        report = look(settings)
+    if html is not None:
+        write_page(report, html)
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    console = Console()
+    print_data_report(console, report, settings.train.batch_size, SAMPLES)
+    print_commands(console, {"next": prepare_command(data, model, overrides or [], report)})
+
+
+@app.command(group=DATA)
+def prepare(
+    data: Data,
+    overrides: Overrides | None = None,
+    /,
+    *,
+    model: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Make rows ready for training: checked, split, tokenised; mlx_lm.lora --data takes the folder too.
+
+    Parameters
+    ----------
+    model
+        for whose tokenizer and chat template (model.source)
+    out
+        put a copy here, in a new folder or in place of an earlier one
+    """
+    _quiet_prefect()
+    from flows.data import PAGE_FILE, data_settings, finetune_command
+    from flows.data import prepare as make
+    from flows.tables import print_commands, print_data_report, print_places
+
+    settings = data_settings(data, model, overrides or [])
+    _check(settings)
+    with _waits():
+        output, folder = make(settings, out)
+    console = Console()
+    print_data_report(console, output.read_json("report.json"), settings.train.batch_size)
+    unchanged = "  (nothing has changed, so it was there already)" if output.reused else ""
+    print_places(console, {"prepared": f"{folder}{unchanged}", "page": str(folder / PAGE_FILE)})
+    print_commands(console, {"next": finetune_command(settings, QUICKSTART, overrides or [])})
+
+
 @app.command(name="finetune", group=TRAIN)
 def finetune(config: Config, overrides: Overrides | None = None, /) -> None:
     """Prepare, train, evaluate, fuse, register, report: one fine-tune as CONFIG says."""
-    started = time.perf_counter()
-    settings = _load(config, overrides)
-    with _screen() as shown:
-        with _prefect(settings):
-            from flows.finetune import finetune as flow
-        outcome = flow(settings)
-    from flows.tables import print_outcome
+    _finetune(_load(config, overrides))
 
-    print_outcome(shown.console, outcome, time.perf_counter() - started)
+
+@app.command(group=TRAIN)
+def resume(run: str, /) -> None:
+    """Go on with a finetune that was stopped, killed or failed, in its own MLflow run.
+
+    Parameters
+    ----------
+    run: the MLflow run: its id, the beginning of its id, or its name
+    """
+    from flows.prefect_environment import prepare_prefect
+    from flows.resume import find_interrupted
+
+    prepare_prefect(quiet=True)
+    interrupted = find_interrupted(run)
+    _finetune(interrupted.settings, interrupted.run_id)
 
 
 @app.command(group=TRAIN)
@@ -132,8 +220,10 @@ def search(
 
     Parameters
     ----------
-    trials: how many to train (search.trials)
-    budget: memory for one trial: 8GB, or 75% of what is free (search.budget)
+    trials
+        how many to train (search.trials)
+    budget
+        memory for one trial: 8GB, or 75% of what is free (search.budget)
     """
     given = [f"search.trials={trials}"] if trials is not None else []
     given += [f"search.budget={budget}"] if budget is not None else []
@@ -172,8 +262,10 @@ def schedule(
 
     Parameters
     ----------
-    cron: when, for example "0 2 * * *" for two o'clock every night
-    timezone: of the cron expression, for example Europe/Berlin; this machine's by default
+    cron
+        when, for example "0 2 * * *" for two o'clock every night
+    timezone
+        of the cron expression, for example Europe/Berlin; this machine's by default
     """
     from flows.deploy import schedule as serve
     from flows.prefect_environment import prepare_prefect
@@ -202,6 +294,17 @@ def down() -> None:
 
     with _screen() as shown:
         shown.line("Prefect is down" if stop() else "no local Prefect server was running")
+
+
+def _finetune(settings: Settings, resumed: str | None = None) -> None:
+    started = time.perf_counter()
+    with _screen() as shown:
+        with _prefect(settings):
+            from flows.finetune import finetune as flow
+        outcome = flow(settings, resumed)
+    from flows.tables import print_outcome
+
+    print_outcome(shown.console, outcome, time.perf_counter() - started)
 
 
 def _load(config: Path | None, overrides: list[str] | None) -> Settings:
@@ -235,6 +338,22 @@ def _screen(quiet: bool = False) -> Iterator[Screen]:
         if advice := blas_advice():
             shown.line(f"[yellow]{advice}")
         yield shown
+
+
+def _quiet_prefect() -> None:
+    """For verbs that need no Prefect: the steps import it, and it would print their log lines."""
+    from flows.prefect_environment import prepare_prefect
+
+    prepare_prefect(quiet=True)
+
+
+@contextmanager
+def _waits() -> Iterator[None]:
+    """Progress and warnings of the block, for work that needs no MLX and so no advice about it."""
+    from flows.display import screen
+
+    with screen(quiet=True):
+        yield
 
 
 @contextmanager

@@ -195,12 +195,14 @@ def trial_step(settings: Settings) -> Finding:
     from tasks.prepare.splits import load_splits
     from tasks.train.adapters import adapter_config, add_adapter
     from tasks.train.loop import fit
+    from tasks.train.targets import target_keys
 
     folder = resolve_model(settings.model)
     rows = load_splits(prepare_data(settings.data, folder).path)["train"].first(TRIAL_ROWS)
     network = load_model(folder.path).model
     one_step = settings.train.model_copy(update={"max_steps": 1, "batch_size": TRIAL_ROWS})
-    add_adapter(network, adapter_config(one_step, len(network.layers)), one_step.seed)
+    keys = target_keys(network, one_step.targets, one_step.num_layers)
+    add_adapter(network, adapter_config(one_step, len(network.layers), keys), one_step.seed)
     training = fit(network, rows, rows, one_step, lambda step, metrics: None)
     before, after = training.val_loss_before, training.best_val_loss
     return Finding(f"{len(rows)} rows, loss {before:.3f} then {after:.3f}, {training.seconds:.1f} s")

@@ -13,6 +13,7 @@ import prefect.runtime.flow_run
 from prefect import flow
 
 from flows.prefect_environment import log_our_steps
+from flows.resume import SETTINGS_FILE, settings_as_yaml
 from tasks.config import Settings
 from tasks.evaluate import evaluate
 from tasks.fuse import fuse
@@ -35,10 +36,15 @@ class Outcome:
 
 
 @flow(name="finetune", flow_run_name=lambda: run_name(_parameter()), validate_parameters=True)
-def finetune(settings: Settings) -> Outcome:
-    """Fine-tune a language model and keep everything that is learnt about it."""
+def finetune(settings: Settings, resumed: str | None = None) -> Outcome:
+    """Fine-tune a language model and keep everything that is learnt about it.
+
+    `resumed` is the MLflow id of a run of these settings that ended early and is to be continued.
+    """
     log_our_steps()
-    with mlflow_run(settings, run_name(settings), prefect_tags()) as run:
+    with mlflow_run(settings, run_name(settings), prefect_tags(), resumed=resumed) as run:
+        if resumed is None:
+            run.log_text(settings_as_yaml(settings), SETTINGS_FILE)
         model = import_model(settings.model)
         data = prepare(settings.data, model, run)
         adapter = train(settings.train, model, data, run)

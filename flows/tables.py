@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from flows.doctor import Check
@@ -17,6 +21,9 @@ if TYPE_CHECKING:
     from tasks.config import Settings
 
 SAMPLES = 2
+FAULTS_SHOWN = 3
+PIECE_SHOWN = 600
+"""Characters of a stretch of a sample."""
 
 
 def print_settings(console: Console, settings: Settings, overrides: Sequence[str]) -> None:
@@ -98,7 +105,7 @@ def print_search(console: Console, outcome: SearchOutcome, config: Path) -> None
         )
         return
     best = outcome.best.settings
-    _print_commands(
+    print_commands(
         console,
         {
             "finetune": f"tunesmith finetune {config} train.learning_rate={best.learning_rate:.6g} "
@@ -106,6 +113,138 @@ def print_search(console: Console, outcome: SearchOutcome, config: Path) -> None
             "compare": "tunesmith ui",
         },
     )
+
+
+def print_data_report(console: Console, report: Mapping[str, Any], batch_size: int, samples: int = 0) -> None:
+    """What a data report says: the account, splits, lengths, rows not used with the first lines, notes.
+
+    Args:
+        batch_size: `train.batch_size`, for the steps of an epoch.
+        samples: how many to print, with what is learnt in colour, or in brackets where there is none.
+    """
+    console.print()
+    _print_line(
+        console,
+        f"{report['rows_read']:,} rows read = {report['rows_used']:,} used + "
+        f"{report['duplicates']:,} duplicates + {report['rejected']:,} rejected",
+        "bold",
+    )
+    console.print(_splits(report))
+    _print_facts(console, report, batch_size)
+    for reason in report["reasons"].values():
+        _print_reason(console, reason)
+    if report["notes"]:
+        console.print()
+    for note in report["notes"].values():
+        first = "; ".join(_told(where) for where in note["first"][:FAULTS_SHOWN])
+        _print_line(console, f"noted: {note['meaning']} ({note['count']:,}: {first})", "dim")
+    for sample in report["samples"][:samples]:
+        _print_learnt(console, sample)
+    if advice := report["guidance"]["advice"]:
+        console.print()
+        _print_line(console, advice, "yellow")
+
+
+def print_places(console: Console, places: Mapping[str, str]) -> None:
+    """Where things lie, a line each."""
+    console.print()
+    for what, where in places.items():
+        console.print(f"{what:<12} {where}", highlight=False, soft_wrap=True, markup=False)
+
+
+def print_commands(console: Console, commands: Mapping[str, str]) -> None:
+    """What to type next, a line each."""
+    console.print()
+    for what, command in commands.items():
+        console.print(f"{what:<12} [cyan]{_escaped(command)}", highlight=False, soft_wrap=True)
+
+
+def _splits(report: Mapping[str, Any]) -> Table:
+    table = _table("split", "rows", "tokens", "supervised", "share")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    everything = {**report, "rows": report["rows_used"]}
+    for name, size in {**report["splits"], "all": everything}.items():
+        counts = (size["rows"], size["tokens"], size["supervised_tokens"])
+        share = f"{size['supervised_share']:.0%}"
+        table.add_row(name, *(f"{count:,}" for count in counts), share, style="bold" if name == "all" else "")
+    return table
+
+
+def _print_facts(console: Console, report: Mapping[str, Any], batch_size: int) -> None:
+    lengths, guidance = report["length_tokens"], report["guidance"]
+    rows = report["splits"]["train"]["rows"]
+    cut = f"; {report['truncated']:,} cut to fit" if report["truncated"] else ""
+    moved = report["rows_moved_to_fill_a_split"]
+    facts = {
+        "formats": ", ".join(f"{name} {count:,}" for name, count in report["formats"].items()),
+        "lengths": f"median {lengths['median']:,.0f}, 95% up to {lengths['p95']:,.0f}, longest "
+        f"{lengths['max']:,} tokens; the limit is {report['max_seq_length']:,}{cut}",
+        "one epoch": f"{math.ceil(rows / batch_size):,} steps at train.batch_size={batch_size}",
+        "template": f"{report['template']}; learnt: {report['supervise']}",
+        "split by": report["split_by"] + (f"; {moved:,} moved to an empty split" if moved else ""),
+        "shared": f"{report['shared_prompts']:,} held-out rows ask what a training row asks"
+        if report["shared_prompts"]
+        else "",
+        "enough?": f"{guidance['rows']:,} training rows for data.goal={guidance['goal']}: at least "
+        f"{guidance['minimum']:,}, better {guidance['recommended']:,}",
+    }
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", width=10)
+    grid.add_column()
+    for name, fact in facts.items():
+        if fact:
+            grid.add_row(name, Text(_on_one_line(fact)))
+    console.print(grid)
+
+
+def _print_reason(console: Console, reason: Mapping[str, Any]) -> None:
+    """What is wrong with how many rows, and of the first ones where, why, and how they begin."""
+    console.print()
+    rows = f"{reason['rows']:,} row{'s' * (reason['rows'] != 1)}"
+    _print_line(console, f"not used: {rows}, {reason['meaning']}", "bold")
+    for where in reason["first"][:FAULTS_SHOWN]:
+        console.print(Padding(Text(_told(where)), (0, 0, 0, 2), expand=False), highlight=False)
+        if text := _on_one_line(where["text"]):
+            line = Text(text, style="dim", no_wrap=True, overflow="ellipsis")
+            console.print(Padding(line, (0, 0, 0, 4), expand=False), highlight=False)
+    if more := reason["rows"] - len(reason["first"][:FAULTS_SHOWN]):
+        console.print(Padding(Text(f"and {more:,} more", style="dim"), (0, 0, 0, 2), expand=False))
+
+
+def _print_learnt(console: Console, sample: Mapping[str, Any]) -> None:
+    """A sample as the model reads it, with what it learns to write made plain."""
+    from tasks.prepare.page import place, printable, shortened
+
+    plain = console.no_color or console.color_system is None
+    text = Text()
+    for piece, learnt in sample["pieces"]:
+        shown = re.sub(r"\n{3,}", "\n\n", printable(shortened(piece, PIECE_SHOWN)))
+        if learnt:
+            text.append(f"⟦{shown}⟧" if plain else shown, "green")
+        else:
+            text.append(shown)
+    text.rstrip()
+    console.print()
+    how = "in brackets" if plain else "in green"
+    _print_line(console, f"sample, {place(sample)} ({how}: what is learnt)", "bold")
+    console.print(Padding(text, (0, 0, 0, 2), expand=False), highlight=False)
+
+
+def _told(where: Mapping[str, Any]) -> str:
+    from tasks.prepare.page import place
+
+    return ": ".join(filter(None, (place(where), _on_one_line(where["detail"]))))
+
+
+def _print_line(console: Console, text: str, style: str) -> None:
+    console.print(Text(_on_one_line(text), style=style), highlight=False)
+
+
+def _on_one_line(text: str) -> str:
+    from tasks.prepare.page import printable
+
+    return " ".join(printable(text).split())
 
 
 def _print_samples(console: Console, base: Sequence[dict[str, Any]], tuned: Sequence[dict[str, Any]]) -> None:
@@ -134,10 +273,8 @@ def _print_places(console: Console, outcome: Outcome) -> None:
         alias = "@champion" if told.champion else "@challenger"
         places["registered"] = f"{told.name} version {told.version} {alias}: {told.reason}"
     places["MLflow run"] = f"{finished.name} ({finished.run.id})"
-    console.print()
-    for what, where in places.items():
-        console.print(f"{what:<12} {where}", highlight=False, soft_wrap=True, markup=False)
-    _print_commands(
+    print_places(console, places)
+    print_commands(
         console,
         {
             "look": "tunesmith ui",
@@ -145,12 +282,6 @@ def _print_places(console: Console, outcome: Outcome) -> None:
             '--prompt "…"',
         },
     )
-
-
-def _print_commands(console: Console, commands: dict[str, str]) -> None:
-    console.print()
-    for what, command in commands.items():
-        console.print(f"{what:<12} [cyan]{_escaped(command)}", highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

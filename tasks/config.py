@@ -27,11 +27,21 @@ def _some_layers(count: int) -> int:
 
 Layers = Annotated[int, AfterValidator(_some_layers)]
 
+DORA_BITS = (2, 4, 8)
+"""Bits of a quantised base that mlx-lm's DoRA can read; see tasks/train/quantised_base.py."""
+
 
 class Section(BaseModel):
     """A frozen group of settings that refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class QuantizeSettings(Section):
+    """How a base is quantised before anything is trained on it."""
+
+    bits: Literal[2, 3, 4, 6, 8] = Field(4, description="of a weight")
+    group_size: Literal[32, 64, 128] = Field(64, description="weights that share a scale and an offset")
 
 
 class ModelSettings(Section):
@@ -43,6 +53,9 @@ class ModelSettings(Section):
         description="the bundled model's name, a hub name (owner/name), a folder, or a .gguf file",
     )
     revision: str | None = Field(None, description="hub branch, tag or commit")
+    quantize: QuantizeSettings | None = Field(
+        None, description="quantise the base first (QLoRA): {bits: 4, group_size: 64}"
+    )
 
 
 class MappingSettings(Section):
@@ -149,6 +162,14 @@ class TrainSettings(Section):
     minutes_per_save: float = Field(5.0, gt=0, description="write a checkpoint this often")
     seed: int = Field(0, description="order of the rows, adapter initialisation and dropout")
 
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> TrainSettings:
+        if self.lora_plus_ratio > 1 and self.method not in ("lora", "dora"):
+            raise ValueError(f"lora_plus_ratio is of lora and dora; leave it out with {self.method}")
+        if self.weight_decay and self.optimizer == "adam":
+            raise ValueError("adam has no weight_decay; adamw is adam with it")
+        return self
+
 
 class EvaluateSettings(Section):
     """The comparison of base and tuned on the test rows."""
@@ -227,6 +248,18 @@ class Settings(Section):
     search: SearchSettings = SearchSettings()
     tracking: TrackingSettings = TrackingSettings()
 
+    @model_validator(mode="after")
+    def _method_fits_the_rest(self) -> Settings:
+        quantize, method = self.model.quantize, self.train.method
+        if quantize and method == "full":
+            raise ValueError("train.method full cannot train quantised weights; leave out model.quantize")
+        if quantize and method == "dora" and quantize.bits not in DORA_BITS:
+            allowed = ", ".join(map(str, DORA_BITS))
+            raise ValueError(f"train.method dora needs model.quantize.bits of {allowed}")
+        if method == "soft-prompt" and self.fuse.enabled:
+            raise ValueError("train.method soft-prompt has no weights to fuse; set fuse.enabled=false")
+        return self
+
 
 def load_settings(path: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
     """Read a YAML file and lay `section.key=value` overrides over it.
@@ -291,7 +324,7 @@ def flatten(settings: Settings) -> dict[str, Any]:
 def changed(settings: Settings) -> dict[str, Any]:
     """The dotted keys whose values are not the defaults."""
     defaults = flatten(Settings())
-    return {key: value for key, value in flatten(settings).items() if value != defaults[key]}
+    return {key: value for key, value in flatten(settings).items() if value != defaults.get(key)}
 
 
 def describe() -> dict[str, str]:
@@ -345,7 +378,10 @@ def _explain(error: ValidationError, path: Path | None) -> str:
             lines.append(f"unknown setting '{key}'{_nearest(key)}")
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            lines.append(f"{key} = {fault['input']!r}: {message[0].lower()}{message[1:]}")
+            # A fault of several keys together: the section's values would drown it.
+            of_section = fault["type"] == "value_error" and isinstance(fault["input"], Mapping)
+            place = (key and f"{key}: ") if of_section else f"{key} = {fault['input']!r}: "
+            lines.append(f"{place}{message[0].lower()}{message[1:]}")
     where = f"{path}: " if path else ""
     return where + f"\n{where}".join(lines)
 

@@ -37,7 +37,7 @@ class StepOutput:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
 
-def run_step(step: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> StepOutput:
+def run_step(step: str, inputs: Mapping[str, Any], make: Callable[[Path], object]) -> StepOutput:
     """Make a step's output once: a folder that exists already under the same inputs is used as it is.
 
     Args:
@@ -76,9 +76,10 @@ def fingerprint(value: Any) -> str:
 
 @cache
 def code_version(step: str) -> str:
-    """A digest of the Python files of `tasks/<step>/`: a changed step does not reuse old outputs."""
+    """A digest of the code and page templates of `tasks/<step>/`: a changed step reuses no old outputs."""
     digest = hashlib.sha256()
-    for source in sorted((Path(__file__).parent / step).rglob("*.py")):
+    folder = Path(__file__).parent / step
+    for source in sorted([*folder.rglob("*.py"), *folder.rglob("*.jinja")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ import pytest
 import tasks  # noqa: F401  (BLAS has to be loaded before mlx)
 from tasks.models.folder import ModelFolder
 from tasks.prepare.splits import TokenRows
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
@@ -34,6 +38,40 @@ TINY_LLAMA = {
     "eos_token_id": 2,
     "bos_token_id": 1,
 }
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "tie_word_embeddings": False},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 16},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+    },
+}
+"""What a family's tiny model has of its own, beside `TINY_LLAMA`."""
+
+
+def tiny_network(kind: str = "llama", bits: int | None = None, dtype: str = "float32") -> nn.Module:
+    """The same random four-layer network of a family every time, quantised when `bits` are given."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm.utils import _get_classes
+
+    config = TINY_LLAMA | FAMILIES[kind]
+    model_class, arguments = _get_classes(config)
+    mx.random.seed(11)
+    network = model_class(arguments.from_dict(config))
+    if kind == "gemma3":
+        network.sanitize({})  # no head among the weights: mlx_lm ties it
+    network.set_dtype(getattr(mx, dtype))
+    if bits:
+        nn.quantize(network, group_size=32, bits=bits)
+    network.eval()
+    mx.eval(network.parameters())
+    return network
 
 
 @pytest.fixture(autouse=True)

@@ -47,11 +47,11 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
 
 def test_help_names_every_verb_in_its_group() -> None:
     assert HELP.returncode == 0
-    for verb in ("quickstart", "doctor", "show", "finetune", "search", "ui", "schedule", "up", "down"):
+    verbs = "quickstart doctor show inspect prepare finetune resume search ui schedule up down"
+    for verb in verbs.split():
         assert f" {verb} " in HELP.stdout
-    assert [HELP.stdout.index(group) for group in ("Start", "Train", "Look", "Operate")] == sorted(
-        HELP.stdout.index(group) for group in ("Start", "Train", "Look", "Operate")
-    )
+    places = [HELP.stdout.index(f"─ {group} ─") for group in ("Start", "Data", "Train", "Look", "Operate")]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,7 @@ def test_help_names_every_verb_in_its_group() -> None:
         (["quickstart", "data.source=none.jsonl"], "none.jsonl"),
         (["quickstart", "model.source=./none.gguf"], "none.gguf"),
         (["quickstart", "model.source=some/folder/that/is/not"], "some/folder/that/is/not"),
+        (["resume"], "RUN"),
         (["search", "flows/configs/search.yaml", "--budget", "lots"], "budget 'lots'"),
         (["search", "flows/configs/search.yaml", "--trials", "0"], "search.trials = 0"),
         (["search", "flows/configs/search.yaml", "--trials", "many"], "many"),
@@ -158,3 +159,20 @@ def test_a_signal_ends_a_run_cleanly(
 
 def test_every_verb_has_a_help_line() -> None:
     assert all(command.help for command in app.subapps)
+
+
+@pytest.mark.parametrize(
+    ("verb", "meanings"),
+    [
+        ("inspect", ("model.source", "as a page", "as JSON")),
+        ("prepare", ("model.source", "put a copy here")),
+        ("search", ("how many to train", "memory for one trial")),
+        ("schedule", ("two o'clock every night", "Europe/Berlin")),
+    ],
+)
+def test_the_help_of_a_verb_says_what_its_options_mean(
+    verb: str, meanings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([verb, "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(meaning in told for meaning in meanings)

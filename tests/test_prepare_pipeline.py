@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,12 @@ from test_prepare_tokenise import CHATML, byte_level, save_model
 from tasks.config import DataSettings, Settings
 from tasks.errors import InputError
 from tasks.models.folder import ModelFolder
-from tasks.prepare import pipeline, prepare
-from tasks.prepare.chats import load_rows
-from tasks.prepare.choose import assign_splits, choose_rows, drop_duplicates
+from tasks.prepare import pipeline
+from tasks.prepare.chats import load_rows, load_template
+from tasks.prepare.choose import assign_splits, distinct, only, smallest_hashes
 from tasks.prepare.pipeline import prepare_data, tokenizer_digest
-from tasks.prepare.rows import Row, hash_share
-from tasks.prepare.splits import SPLITS, load_splits
+from tasks.prepare.rows import SPLITS, Note, Row, Stream, Unused, hash_share
+from tasks.prepare.splits import load_splits
 from tasks.prepare.tokenise import encode_prompt, load_tokenizer
 from tasks.publish import StepOutput
 from tasks.tracking import mlflow_run
@@ -105,9 +107,10 @@ def test_the_report_says_what_will_be_learnt(tmp_path: Path, model: ModelFolder)
     assert report["supervised_tokens"] == sum(rows.supervised.sum() for rows in splits.values())
     assert report["length_tokens"]["max"] == lengths.max()
     first = load_rows(output.path, "train")[0]["messages"]
-    assert report["samples"][0]["supervised"] == [first[1]["content"] + "<|im_end|>"]
-    assert first[0]["content"] in report["samples"][0]["rendered"]
-    assert len(report["samples"]) == 3
+    learnt = [text for text, supervised in report["samples"][0]["pieces"] if supervised]
+    assert learnt == [first[1]["content"] + "<|im_end|>"]
+    assert first[0]["content"] in report["samples"][0]["pieces"][0][0]
+    assert len(report["samples"]) == 5
 
 
 def test_every_row_not_used_is_in_rejected_with_line_reason_and_text(
@@ -141,8 +144,11 @@ def test_accounts_close_over_any_rows(
 ) -> None:
     source = write(tmp_path / "rows.jsonl", pairs)
     data = DataSettings(source=source, max_rows=max_rows, max_seq_length=50, seed=seed)
-    chosen = drop_duplicates([row(pair, line) for line, pair in enumerate(pairs)])[0]
-    chosen = choose_rows(chosen, max_rows, seed)[0]
+    rows = list(distinct(iter([row(pair, line) for line, pair in enumerate(pairs)])))
+    chosen = [one for one in rows if isinstance(one, Row)]
+    if max_rows is not None:
+        hashes = smallest_hashes(iter(rows), max_rows, seed)
+        chosen = [one for one in chosen if one.identity in hashes]
     fitting = [one for one in chosen if len(one.messages[1]["content"]) < 40]
     if len(fitting) < 3:
         with pytest.raises(InputError, match="usable rows"):
@@ -158,13 +164,88 @@ def test_accounts_close_over_any_rows(
     assert report["rows_used"] == len(fitting)
 
 
+def forms(number: int) -> list[dict[str, Any]]:
+    question, answer = f"question {number}", f"answer {number}"
+    turns = row((question, answer)).messages
+    return [
+        {"messages": turns},
+        {"prompt": question, "completion": answer},
+        {"prompt": question, "response": answer, "id": number},
+        {"question": question, "answer": answer},
+        {"instruction": question, "input": "", "output": answer},
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        {"text": f"{question} {answer}"},
+    ]
+
+
+FAULTY = [
+    b'{"prompt": "a", ',
+    b'{"prompt": "\xff", "completion": "b"}',
+    b'{"prompt": "a", "prompt": "b", "completion": "c"}',
+    b'{"prompt": NaN, "completion": "b"}',
+    b'{"messages": [{"role": "usr", "content": "a"}]}',
+    b'{"messages": [{"role": "assistant", "content": "a"}]}',
+    b'{"prompt": "a", "completion": "  "}',
+    b'{"prompt": 3, "completion": "b"}',
+    b"[1, 2]",
+    b'{"odd": 1}',
+]
+
+lines_strategy = st.lists(
+    st.one_of(
+        st.builds(lambda n, form: json.dumps(forms(n)[form]).encode(), st.integers(0, 30), st.integers(0, 6)),
+        st.sampled_from(FAULTY),
+        st.just(json.dumps({"prompt": "word " * 100, "completion": "x"}).encode()),
+        st.sampled_from([b"", b"   "]),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lines=lines_strategy, ending=st.sampled_from([b"\n", b"\r\n"]), bom=st.booleans(), packed=st.booleans()
+)
+def test_accounts_close_over_any_mixture_of_forms_and_faults(
+    tmp_path: Path, model: ModelFolder, lines: list[bytes], ending: bytes, bom: bool, packed: bool
+) -> None:
+    lines = [*lines, *(json.dumps(forms(100 + n)[1]).encode() for n in range(3))]
+    content = b"\xef\xbb\xbf" * bom + ending.join(lines)
+    path = tmp_path / ("rows.jsonl.gz" if packed else "rows.jsonl")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    data = DataSettings(source=str(path), on_bad_row="skip", max_seq_length=150)
+    output = prepare_data(data, model)
+    report = output.read_json("report.json")
+    written = [line for line in lines if line.strip()]
+    assert report["rows_read"] == len(written)
+    assert report["rows_read"] == report["rows_used"] + report["duplicates"] + report["rejected"]
+    assert report["rows_used"] == sum(len(load_rows(output.path, name)) for name in SPLITS)
+    unused = rejected(output)
+    assert report["duplicates"] + report["rejected"] == len(unused)
+    assert [one["line"] for one in unused] == sorted({one["line"] for one in unused})
+    faulty = [number for number, line in enumerate(lines, start=1) if line in FAULTY]
+    policy = ("duplicate", "too_long")
+    assert [one["line"] for one in unused if one["reason"].split(":")[0] not in policy] == faulty
+
+
 def test_accounts_that_do_not_close_stop_the_step(
     tmp_path: Path, home: Path, model: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "drop_duplicates", lambda rows: (list(rows)[1:], []))
-    with pytest.raises(AssertionError, match="20 rows read"):
+    def losing(stream: Stream, near_duplicates: float | None = None) -> Stream:
+        next(stream)
+        yield from stream
+
+    monkeypatch.setattr(pipeline, "distinct", losing)
+    with pytest.raises(AssertionError, match="20 rows read, but 19 used"):
         prepare_data(DataSettings(source=write(tmp_path / "rows.jsonl", numbered(20))), model)
     assert published(home) == []
+
+
+def split(rows: list[Row], data: DataSettings, given: list[int] | None = None) -> tuple[list[int], int]:
+    shares = np.array([hash_share(one.identity, data.seed, "split") for one in rows])
+    places = np.array([-1] * len(rows) if given is None else given, np.int8)
+    splits, moved = assign_splits(shares, places, data)
+    return splits.tolist(), moved
 
 
 @settings(max_examples=50, deadline=None)
@@ -173,59 +254,178 @@ def test_added_rows_move_no_old_row_to_another_split(old: int, new: int, seed: i
     data = DataSettings(seed=seed)
     before = [row(pair) for pair in numbered(old)]
     after = [*(row((f"new {i}", "x")) for i in range(new)), *before]
-    place: dict[str, str] = {}
-    splits, moved = assign_splits(before, data)
-    for name, indices in splits.items():
-        place |= {before[index].identity: name for index in indices}
-    for name, indices in assign_splits(after, data)[0].items():
-        for index in indices:
-            identity = after[index].identity
-            assert moved or place.get(identity, name) == name
+    splits, moved = split(before, data)
+    assert moved or split(after, data)[0][new:] == splits
 
 
 @settings(max_examples=200, deadline=None)
 @given(count=st.integers(3, 30), seed=st.integers(0, 1000))
-def test_no_split_is_empty_and_no_row_is_in_two(count: int, seed: int) -> None:
+def test_no_split_is_empty(count: int, seed: int) -> None:
     rows = [row(pair) for pair in numbered(count)]
-    splits, moved = assign_splits(rows, DataSettings(seed=seed))
-    assert all(splits.values())
-    assert sorted(index for indices in splits.values() for index in indices) == list(range(count))
+    splits, moved = split(rows, DataSettings(seed=seed))
+    sizes = [splits.count(index) for index in range(3)]
+    assert all(sizes)
+    assert sum(sizes) == count
     by_hash = [
-        sum(low <= hash_share(r.identity, seed, "split") < low + 0.1 for r in rows) for low in (0, 0.1)
+        sum(low <= hash_share(r.identity, seed, "split") < low + 0.1 for r in rows) for low in (0.1, 0)
     ]
-    assert moved or [len(splits["test"]), len(splits["valid"])] == by_hash
+    assert moved or sizes[1:] == by_hash
 
 
 def test_splits_have_the_shares_asked_for() -> None:
     rows = [row(pair) for pair in numbered(5000)]
-    splits, moved = assign_splits(rows, DataSettings(test_share=0.2, valid_share=0.1))
+    splits, moved = split(rows, DataSettings(test_share=0.2, valid_share=0.1))
     assert moved == 0
-    assert len(splits["test"]) == pytest.approx(1000, abs=100)
-    assert len(splits["valid"]) == pytest.approx(500, abs=80)
+    assert splits.count(2) == pytest.approx(1000, abs=100)
+    assert splits.count(1) == pytest.approx(500, abs=80)
 
 
 def test_another_seed_splits_otherwise() -> None:
     rows = [row(pair) for pair in numbered(200)]
-    assert assign_splits(rows, DataSettings(seed=1)) != assign_splits(rows, DataSettings(seed=2))
+    assert split(rows, DataSettings(seed=1)) != split(rows, DataSettings(seed=2))
+
+
+def test_given_splits_are_kept_and_a_lacking_one_is_taken_from_training() -> None:
+    rows = [row(pair) for pair in numbered(300)]
+    given = [2] * 20 + [0] * 280
+    splits, moved = split(rows, DataSettings(), given)
+    assert moved == 0
+    assert splits[:20] == [2] * 20
+    assert set(splits[20:]) == {0, 1}
+    assert split(rows, DataSettings(), [2] * 20 + [1] * 30 + [0] * 250)[0] == [2] * 20 + [1] * 30 + [0] * 250
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.permutations(range(40)), st.integers(1, 40))
 def test_the_rows_chosen_do_not_depend_on_their_order(order: list[int], max_rows: int) -> None:
     rows = [row(pair, line) for line, pair in enumerate(numbered(40))]
-    shuffled = [rows[i] for i in order]
-    chosen, unused = choose_rows(rows, max_rows, seed=0)
-    again, _ = choose_rows(shuffled, max_rows, seed=0)
-    assert {one.identity for one in chosen} == {one.identity for one in again}
+    chosen = smallest_hashes(iter(rows), max_rows, seed=0)
+    assert chosen == smallest_hashes((rows[i] for i in order), max_rows, seed=0)
     assert len(chosen) == max_rows
-    assert len(unused) == 40 - max_rows
-    assert {one.identity for one in chosen} <= {one.identity for one in choose_rows(rows, 40, seed=0)[0]}
+    assert chosen <= smallest_hashes(iter(rows), 40, seed=0)
+    kept = [*only(iter(rows), chosen, "why")]
+    assert [one.line for one in kept if isinstance(one, Row)] == [
+        one.line for one in rows if one.identity in chosen
+    ]
+    assert sum(isinstance(one, Unused) for one in kept) == 40 - max_rows
 
 
 def test_rows_that_differ_in_white_space_only_are_duplicates() -> None:
-    kept, unused = drop_duplicates([row(("a  b", "c"), 1), row(("a b", "c"), 2), row(("ab", "c"), 3)])
-    assert [one.line for one in kept] == [1, 3]
-    assert [one.detail for one in unused] == ["the same as line 1"]
+    rows = [row(("a  b", "c"), 1), Note("", 1, "crlf"), row(("a b", "c"), 2), row(("ab", "c"), 3)]
+    kept, note, duplicate, other = distinct(iter(rows))
+    assert isinstance(duplicate, Unused)
+    assert (duplicate.kind, duplicate.detail) == ("duplicate", "the same as line 1")
+    assert (kept, note, other) == (rows[0], rows[1], rows[3])
+
+
+def test_a_training_row_that_is_held_out_too_is_taken_from_training() -> None:
+    held = replace(row(("a", "b"), 7), file="test.jsonl", split="test")
+    leaked = replace(row(("a ", "b"), 9), file="train.jsonl", split="train")
+    kept, unused = distinct(iter([held, leaked]))
+    assert kept is held
+    assert isinstance(unused, Unused)
+    assert (unused.kind, unused.line) == ("leaked", 9)
+    assert unused.detail == "the same as line 7 of test.jsonl"
+
+
+SENTENCE = "the quick brown fox jumps over the lazy dog and runs far into the deep dark wood at night"
+
+
+def test_near_duplicates_are_found_and_others_are_not() -> None:
+    answer = " ".join([SENTENCE] * 3)
+    near = [
+        row(("say", answer), 1),
+        row(("say", answer + " again"), 2),
+        row(("say", answer[::-1]), 3),
+    ]
+    kept = [*distinct(iter(near), near_duplicates=0.8)]
+    assert [one.kind if isinstance(one, Unused) else "kept" for one in kept] == [
+        "kept",
+        "near_duplicate",
+        "kept",
+    ]
+    assert all(isinstance(one, Row) for one in distinct(iter(near)))
+
+
+@pytest.mark.parametrize("policy", ["drop", "error", "truncate-prompt"])
+def test_no_policy_for_long_rows_cuts_an_answer(tmp_path: Path, model: ModelFolder, policy: str) -> None:
+    long_prompt, long_answer = ("word " * 200, "short"), ("short", "word " * 200)
+    source = write(tmp_path / "rows.jsonl", [*numbered(20), long_prompt, long_answer])
+    data = DataSettings(source=source, max_seq_length=100, on_long_row=policy)  # type: ignore[arg-type]
+    if policy == "error":
+        with pytest.raises(InputError, match=r"line 21: .*\n.*line 22: .*\n.*data.on_long_row=drop"):
+            prepare_data(data, model)
+        return
+    output = prepare_data(data, model)
+    report = output.read_json("report.json")
+    rows = [loaded["messages"] for name in SPLITS for loaded in load_rows(output.path, name)]
+    cut = [chat for chat in rows if chat[1]["content"] == "short"]
+    assert report["truncated"] == len(cut) == (policy == "truncate-prompt")
+    assert all(long_prompt[0].endswith(chat[0]["content"]) for chat in cut)
+    tokens = load_splits(output.path)
+    assert max(rows.lengths.max() for rows in tokens.values()) <= 100
+    assert [one["line"] for one in rejected(output)] == ([22] if cut else [21, 22])
+
+
+def test_bad_rows_end_the_preparation_or_are_passed_over(tmp_path: Path, model: ModelFolder) -> None:
+    source = Path(write(tmp_path / "rows.jsonl", numbered(20)))
+    source.write_text(source.read_text() + '{"prompt": ""\n{"prompt": "a"}\n')
+    with pytest.raises(InputError, match="on_bad_row=skip") as error:
+        prepare_data(DataSettings(source=str(source)), model)
+    assert "line 21" in str(error.value)
+    assert "line 22" in str(error.value)
+    assert "the other 20 rows" in str(error.value)
+    output = prepare_data(DataSettings(source=str(source), on_bad_row="skip"), model)
+    assert [one["line"] for one in rejected(output)] == [21, 22]
+    reasons = output.read_json("report.json")["reasons"]
+    assert {kind: reason["rows"] for kind, reason in reasons.items()} == {"json": 1, "format": 1}
+
+
+def test_texts_are_learnt_whole_and_mlx_lm_takes_them(tmp_path: Path, model: ModelFolder) -> None:
+    from mlx_lm.tuner.datasets import load_local_dataset
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(40)))
+    output = prepare_data(DataSettings(source=str(path)), model)
+    tokens = load_splits(output.path)
+    config = types.SimpleNamespace(mask_prompt=False)
+    for name, theirs in zip(
+        SPLITS, load_local_dataset(output.path, load_tokenizer(model.path), config), strict=True
+    ):
+        assert len(theirs) == len(tokens[name])
+        for index in range(len(theirs)):
+            ids, supervised = tokens[name].row(index)
+            assert theirs.process(theirs[index])[0] == ids.tolist()
+            assert supervised.tolist() == [False] + [True] * (len(ids) - 1)
+
+
+def test_texts_beside_chats_stay_readable_for_mlx_lm(tmp_path: Path, model: ModelFolder) -> None:
+    from mlx_lm.tuner.datasets import load_local_dataset
+
+    path = Path(write(tmp_path / "rows.jsonl", numbered(30)))
+    path.write_text(path.read_text() + "".join(json.dumps({"text": f"t {i}"}) + "\n" for i in range(30)))
+    output = prepare_data(DataSettings(source=str(path)), model)
+    config = types.SimpleNamespace(mask_prompt=True)
+    for theirs in load_local_dataset(output.path, load_tokenizer(model.path), config):
+        assert all(theirs.process(theirs[index])[0] for index in range(len(theirs)))
+    assert output.read_json("report.json")["formats"] == {"prompt+completion": 30, "text": 30}
+
+
+def test_a_template_of_its_own_goes_with_the_data(tmp_path: Path, model: ModelFolder) -> None:
+    source = write(tmp_path / "rows.jsonl", numbered(20))
+    own = prepare_data(DataSettings(source=source), model)
+    alpaca = prepare_data(DataSettings(source=source, template="alpaca"), model)
+    assert load_template(own.path) is None
+    assert alpaca.read_json("report.json")["template"] == "Alpaca"
+    tokenizer = load_tokenizer(model.path)
+    ids, supervised = load_splits(alpaca.path)["train"].row(0)
+    chat = load_rows(alpaca.path, "train")[0]["messages"]
+    question, answer = (turn["content"] for turn in chat)
+    written = f"### Instruction:\n{question}\n\n### Response:\n{answer}<|im_end|>\n\n"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == written
+    assert tokenizer.decode(ids[supervised], skip_special_tokens=False) == f"{answer}<|im_end|>"
+    prompt = encode_prompt(tokenizer, chat, template=load_template(alpaca.path))
+    assert ids[: len(prompt)].tolist() == prompt
 
 
 def test_a_system_prompt_is_put_before_rows_without_one_and_moves_no_row(
@@ -302,14 +502,14 @@ def test_equal_inputs_give_equal_bytes(
 def test_the_report_and_the_unused_rows_are_logged_to_the_run(tmp_path: Path, model: ModelFolder) -> None:
     data = DataSettings(source=write(tmp_path / "rows.jsonl", numbered(20)))
     with mlflow_run(Settings(), "a run", {}) as run:
-        output = prepare.fn(data, model, run)
+        output = prepare_data(data, model, run)
     assert run.client.get_run(run.id).data.tags["tunesmith.data"] == output.fingerprint
     kept = {path.path for path in run.client.list_artifacts(run.id, "data")}
-    assert kept == {"data/report.json", "data/rejected.jsonl"}
+    assert kept == {"data/report.json", "data/report.html", "data/rejected.jsonl"}
 
 
 def test_the_built_in_rows_prepare_and_say_which_python(model: ModelFolder) -> None:
     report = prepare_data(DataSettings(max_rows=100), model).read_json("report.json")
     assert report["rows_used"] == 100
     assert report["python"].startswith("3.")
-    assert report["unused_by_reason"]["not_chosen"] == report["rejected"]
+    assert report["reasons"]["not_chosen"]["rows"] == report["rejected"]

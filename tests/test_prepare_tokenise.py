@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from tasks.errors import InputError
-from tasks.prepare.templates import TemplateError
+from tasks.prepare.templates import TemplateError, template_source
 from tasks.prepare.tokenise import ChatEncoder, encode_prompt, load_tokenizer
 
 CHATML = (
@@ -128,8 +128,8 @@ def test_every_answer_and_its_end_of_turn_is_supervised_and_nothing_else(
 
 
 def test_without_masking_everything_is_supervised(encoder: ChatEncoder) -> None:
-    [(ids, mask)] = encoder.rows([chat("hello", "world")], mask_prompt=False)
-    assert mask == [True] * len(ids)
+    [(ids, mask)] = encoder.rows([chat("hello", "world")], supervise="everything")
+    assert mask == [False, *[True] * (len(ids) - 1)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -244,8 +244,8 @@ def test_a_model_without_a_template_gets_chatml(
 ) -> None:
     bare = ChatEncoder(byte_level(None))
     messages = chat("hello", "world")
-    assert bare.template.name == "ChatML"
-    assert encoder.template.name != "ChatML"
+    assert template_source("model", byte_level(None))[0] == "ChatML"
+    assert template_source("model", tokenizer)[1] is None
     assert bare.rows([messages]) == encoder.rows([messages])
 
 
@@ -294,7 +294,7 @@ def test_mlx_lm_s_wrapper_does_not_change_a_prompt() -> None:
 def test_a_tokenizer_that_cannot_be_had_in_pieces_is_refused(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ChatEncoder, "_agrees_with_whole", lambda self: False)
+    monkeypatch.setattr(ChatEncoder, "_agrees_with_whole", lambda self, pieces: False)
     with pytest.raises(InputError, match="joins text across control tokens"):
         ChatEncoder(tokenizer)
 

@@ -45,6 +45,8 @@ def test_every_shipped_config_loads_and_says_how_to_run_it(config: Path) -> None
         ("train.rank.x=3", "train.rank"),
         ("search.learning_rate.low=1", r"low \(1\) must be below high \(0.001\)"),
         ("train.rank=[", "not YAML"),
+        ("model.quantize.bits=5", r"model.quantize.bits = 5: input should be 2, 3, 4, 6 or 8"),
+        ("model.quantize.bit=4", r"unknown setting 'model.quantize.bit'; did you mean 'model.quantize'\?"),
         ("register.name=it's/mine", "register.name"),
     ],
 )
@@ -74,6 +76,33 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
         load_settings(tmp_path / "none.yaml")
     with pytest.raises(InputError, match="is a folder"):
         load_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.method=full", "model.quantize.bits=4"], "^train.method full cannot train quantised weights"),
+        (["train.method=dora", "model.quantize.bits=6"], "^train.method dora needs .* 2, 4, 8"),
+        (["train.method=soft-prompt"], "^train.method soft-prompt .* set fuse.enabled=false"),
+        (["train.method=full", "train.lora_plus_ratio=4"], "^train: lora_plus_ratio is of lora and dora"),
+        (["train.optimizer=adam", "train.weight_decay=0.1"], "^train: adam has no weight_decay"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_settings(None, overrides)
+
+
+def test_settings_close_to_those_that_do_not_go_together_are_allowed() -> None:
+    load_settings(None, ["train.method=dora", "model.quantize.bits=8", "train.lora_plus_ratio=4"])
+    load_settings(None, ["train.method=soft-prompt", "fuse.enabled=false", "model.quantize.bits=3"])
+    load_settings(None, ["train.method=full", "train.weight_decay=0.1"])
+
+
+def test_a_quantised_base_is_half_described_by_defaults_and_seen_as_changed() -> None:
+    settings = load_settings(None, ["model.quantize.bits=4"])
+    assert changed(settings) == {"model.quantize.bits": 4, "model.quantize.group_size": 64}
+    assert "model.quantize" in flatten(Settings())
 
 
 def test_a_source_beside_the_config_is_found_from_any_working_directory(

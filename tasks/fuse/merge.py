@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.config import FuseSettings
-from tasks.errors import StepError
+from tasks.errors import InputError, StepError
 from tasks.models.folder import ModelFolder
+from tasks.prepare.chats import TEMPLATE_FILE, load_template
 from tasks.prepare.splits import TokenRows, load_splits
 from tasks.progress import progress
 from tasks.publish import StepOutput, run_step, write_json
@@ -31,6 +31,7 @@ def fuse_adapter(
     written files are loaded again for the proof; `fusion.json` holds both losses.
 
     Raises:
+        InputError: the adapter is a soft prompt.
         StepError: the relative difference of the losses is over `fuse.tolerance`.
     """
     inputs = {
@@ -44,15 +45,19 @@ def fuse_adapter(
 
 def _fuse(draft: Path, settings: FuseSettings, model: Path, adapter: Path, data: StepOutput) -> None:
     from tasks.models.load import load_model
+    from tasks.models.write import write_model
     from tasks.train.adapters import load_adapter
 
+    _check_kind(adapter)
     rows = load_splits(data.path)["test"].first(PROOF_ROWS)
     with progress("fusing"):
         loaded = load_model(model)
         load_adapter(loaded.model, adapter)
         expected = _loss(loaded.model, rows)
         _merge(loaded.model)
-        _write(draft, loaded.model, loaded.config, model)
+        write_model(draft, loaded.model, _unquantised(loaded.config), model)
+        if template := load_template(data.path):
+            (draft / TEMPLATE_FILE).write_text(template, encoding="utf-8")
         del loaded
         actual = _loss(load_model(draft).model, rows)
     difference = abs(actual - expected) / expected
@@ -72,30 +77,37 @@ def _fuse(draft: Path, settings: FuseSettings, model: Path, adapter: Path, data:
     )
 
 
+def _check_kind(adapter: Path) -> None:
+    from tasks.train import soft_prompt
+    from tasks.train.adapters import read_adapter_config
+
+    if read_adapter_config(adapter)["fine_tune_type"] == soft_prompt.KIND:
+        raise InputError(
+            f"{adapter}: a soft prompt is a part of the input, there are no weights to merge it into; "
+            "set fuse.enabled=false and use it with its base model"
+        )
+
+
 def _merge(network: nn.Module) -> None:
     from mlx.utils import tree_unflatten
     from mlx_lm.utils import dequantize_model
 
-    merged = [
-        (name, layer.fuse(dequantize=True))
-        for name, layer in network.named_modules()
-        if hasattr(layer, "fuse")
-    ]
+    merged = [(name, _merged(layer)) for name, layer in network.named_modules() if hasattr(layer, "fuse")]
     network.update_modules(tree_unflatten(merged))
     dequantize_model(network)
 
 
-def _write(draft: Path, network: nn.Module, config: dict[str, Any], base: Path) -> None:
-    """Weights and config of the merged model, and the base's tokenizer files; never its code."""
-    from mlx_lm.utils import save_config, save_model
+def _merged(layer: nn.Module) -> nn.Module:
+    """The layer's merged form, in the type its base has: DoRA's (mlx_lm 0.32.2) comes out as float32."""
+    base = layer.linear
+    dtype = (base.scales if "scales" in base else base.weight).dtype
+    merged: nn.Module = layer.fuse(dequantize=True)
+    merged.weight = merged.weight.astype(dtype)
+    return merged
 
-    save_model(draft, network)
-    unquantised = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
-    save_config(unquantised, draft / "config.json")
-    kept = {"config.json", "model.safetensors.index.json"}
-    for path in base.iterdir():
-        if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in kept:
-            shutil.copyfile(path, draft / path.name)
+
+def _unquantised(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
 
 
 def _loss(network: nn.Module, rows: TokenRows) -> float:

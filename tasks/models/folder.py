@@ -24,7 +24,12 @@ class ModelFolder:
     fingerprint: str
     source: str
 
+    def config(self) -> dict[str, Any]:
+        """`config.json`, by which mlx-lm builds the model."""
+        config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return config
+
     def language_config(self) -> dict[str, Any]:
         """`config.json`; of a model that also sees, the part that describes its language model."""
-        config: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        config = self.config()
         return {**config, **config.get("text_config", {})}

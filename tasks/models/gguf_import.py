@@ -42,7 +42,7 @@ def import_gguf(path: Path, name: str, precision: Precision | None = None) -> Pa
     """
     precision = precision or ("stored" if on_gpu() else "float32")
     inputs = {"gguf": file_digest(path), "precision": precision, "code": code_version("models")}
-    target = cache_dir() / "models" / f"{_as_folder_name(name)}-{fingerprint(inputs)}"
+    target = cache_dir() / "models" / f"{as_folder_name(name)}-{fingerprint(inputs)}"
     if target.is_dir():
         log.info("%s: imported before, reusing %s", name, target)
         return target
@@ -140,5 +140,6 @@ def _shards(gguf: GgufFile) -> Iterator[list[str]]:
     yield shard
 
 
-def _as_folder_name(name: str) -> str:
+def as_folder_name(name: str) -> str:
+    """The name with whatever a folder's name should not have made a hyphen."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

@@ -20,6 +20,8 @@ CHOICES = f"give '{BUNDLED_SOURCE}', a hub name (owner/name), a folder, or a .gg
 def resolve_model(settings: ModelSettings) -> ModelFolder:
     """The base model as a folder: imported, found or downloaded, its files checked, fingerprinted.
 
+    With `settings.quantize` it is the folder of the quantised model, which is the base of every step.
+
     Raises:
         InputError: the source does not exist, is malformed, or cannot be represented.
     """
@@ -30,11 +32,17 @@ def resolve_model(settings: ModelSettings) -> ModelFolder:
         from tasks.models.gguf_import import import_gguf
 
         name = BUNDLED_NAME if source == BUNDLED_SOURCE else found.stem
-        folder = import_gguf(found, name)
+        # As stored it may be quantised already, in another way than the one asked for.
+        folder = import_gguf(found, name, "float32" if settings.quantize else None)
     elif found is not None:
         name, folder = found.name, found
     else:
         name, folder = source.rpartition("/")[2], download_model(source, settings.revision)
+    if settings.quantize:
+        from tasks.models.quantise import quantised_folder, quantised_name
+
+        folder = quantised_folder(folder, name, settings.quantize)
+        name = quantised_name(name, settings.quantize)
     check_folder(folder)
     return ModelFolder(folder, name, folder_fingerprint(folder), source)
 

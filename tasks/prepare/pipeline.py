@@ -1,34 +1,40 @@
-"""From a source of rows to training-ready tokens: read, deduplicate, choose, tokenise, split, report."""
+"""From a source of rows to training-ready tokens: read, choose, render, tokenise, split, report.
+
+Rows pass through as a stream. Only what a row is known by stays in memory, so that the size of a
+source is bounded by the disk. One thread reads and renders while the tokenizer works on the rows before.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import platform
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tasks.config import DataSettings
 from tasks.errors import InputError
 from tasks.models.folder import ModelFolder
-from tasks.prepare.chats import save_rows, write_jsonl
-from tasks.prepare.choose import Unused, assign_splits, choose_rows, drop_duplicates
-from tasks.prepare.formats import bad_rows_error
-from tasks.prepare.report import SAMPLES, data_report, sample
-from tasks.prepare.rows import Row
+from tasks.prepare.account import REJECTED_FILE, Account
+from tasks.prepare.chats import TEMPLATE_FILE, read_row
+from tasks.prepare.choose import assign_splits, distinct, only, smallest_hashes, split_by, within_characters
+from tasks.prepare.encoding import BATCH_ROWS, encoded_parts
+from tasks.prepare.page import write_page
+from tasks.prepare.report import token_figures
+from tasks.prepare.rows import SPLITS, Stream
 from tasks.prepare.sources import check_source, read_source, source_inputs
-from tasks.prepare.splits import SPLITS, TokenRows, save_splits
-from tasks.prepare.templates import TemplateError
-from tasks.prepare.tokenise import ChatEncoder, TokenRow, chat_encoder, load_tokenizer
-from tasks.progress import progress
+from tasks.prepare.spool import Dealt, Spool, first_lines
+from tasks.prepare.templates import template_source
+from tasks.prepare.tokenise import ChatEncoder, chat_encoder, load_tokenizer
+from tasks.progress import Bar, progress
 from tasks.publish import StepOutput, run_step, write_json
 from tasks.tracking import Run
 
 log = logging.getLogger(__name__)
 
-BATCH_ROWS = 512
-REPORT_FILE, REJECTED_FILE = "report.json", "rejected.jsonl"
+SAMPLES = 5
+REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab*")
 
 
@@ -36,8 +42,9 @@ def prepare_data(data: DataSettings, model: ModelFolder, run: Run | None = None)
     """Prepare a source for a model; models of the same tokenizer share the output.
 
     The folder holds `train.jsonl`, `valid.jsonl` and `test.jsonl` in mlx-lm's chat form,
-    `tokens.safetensors` with the same rows in the same order, `rejected.jsonl` (every row not used) and
-    `report.json`. The report and the rows not used are logged to the run, if one is given.
+    `tokens.safetensors` with the same rows in the same order, `rejected.jsonl` (every row not used),
+    `report.json` and `report.html`, and `chat_template.jinja` where it is not the model's own. Report and
+    rows not used are logged to the run, if one is given, and the data as its input.
 
     Raises:
         InputError: the source is missing or has bad rows, the model's tokenizer or template cannot be
@@ -45,7 +52,7 @@ def prepare_data(data: DataSettings, model: ModelFolder, run: Run | None = None)
     """
     check_source(data)
     with progress("looking at the rows"):
-        source = source_inputs(data.source)
+        source = source_inputs(data)
     inputs = {
         "data": data.model_dump(mode="json", exclude={"source"}),
         "source": source,
@@ -53,9 +60,26 @@ def prepare_data(data: DataSettings, model: ModelFolder, run: Run | None = None)
     }
     output = run_step("prepare", inputs, lambda folder: _make(folder, data, model))
     if run is not None:
+        report = output.read_json(REPORT_FILE)
+        if advice := report["guidance"]["advice"]:
+            log.warning("prepare: %s", advice)
         run.set_tags({"tunesmith.data": output.fingerprint})
-        run.log_files(output.path, "data", only=(REPORT_FILE, REJECTED_FILE))
+        run.log_files(output.path, "data", only=(REPORT_FILE, PAGE_FILE, REJECTED_FILE))
+        run.log_dataset(output, report)
     return output
+
+
+def inspect_data(data: DataSettings, model: ModelFolder) -> dict[str, Any]:
+    """The report that `prepare_data` would write, whatever the rows are like; nothing is kept.
+
+    Raises:
+        InputError: as `prepare_data`, but not for bad or long rows: they are what is looked for.
+    """
+    check_source(data)
+    lenient = {"on_bad_row": "skip", "on_long_row": data.on_long_row.replace("error", "drop")}
+    data = data.model_copy(update=lenient)
+    with TemporaryDirectory(prefix="tunesmith-") as folder:
+        return _make(Path(folder), data, model)
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -67,99 +91,73 @@ def tokenizer_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Tokenised:
-    rows: list[Row]
-    tokens: list[TokenRow]
-    too_long: list[Unused]
+def _make(folder: Path, data: DataSettings, model: ModelFolder) -> dict[str, Any]:
+    tokenizer = load_tokenizer(model.path)
+    template, source = template_source(data.template, tokenizer)
+    encoder = chat_encoder(tokenizer, source)
+    if source is not None:
+        (folder / TEMPLATE_FILE).write_text(source, encoding="utf-8")
+    with Account(data, folder) as account, Spool(folder, data.seed) as spool:
+        with progress("preparing rows") as bar:
+            for part in encoded_parts(_chosen(data, account, bar), encoder, data):
+                spool.add(part.sources, part.rows, part.encoded)
+                account.put(part.unused, part.notes, part.sources)
+        account.close(data.source)
+        _check_enough(account, data)
+        splits, moved = assign_splits(spool.shares, spool.given, data)
+        dealt = spool.deal(splits, SAMPLES)
+        report = {
+            "source": Path(data.source).name,
+            **account.figures(),
+            "split_by": split_by(set(spool.given.tolist())),
+            "rows_moved_to_fill_a_split": moved,
+            **token_figures(data, dealt),
+            "truncated": account.notes["truncated"],
+            "template": template,
+            "samples": _samples(folder, dealt, encoder, data.supervise),
+        }
+    if data.source == "stdlib":
+        report["python"] = platform.python_version()
+    write_json(folder / REPORT_FILE, report)
+    write_page(report, folder / PAGE_FILE)
+    counts = ", ".join(f"{int((splits == index).sum()):,} {name}" for index, name in enumerate(SPLITS))
+    log.info("prepare: %s rows read, used: %s", f"{account.read:,}", counts)
+    return report
 
 
-def _make(folder: Path, data: DataSettings, model: ModelFolder) -> None:
-    encoder = chat_encoder(load_tokenizer(model.path))
-    read = _read(data)
-    distinct, duplicates = drop_duplicates(read)
-    chosen, not_chosen = choose_rows(distinct, data.max_rows, data.seed)
-    done = _tokenise([_with_system(row, data.system_prompt) for row in chosen], encoder, data)
-    unused = sorted([*duplicates, *not_chosen, *done.too_long], key=lambda one: one.row.line)
-    _check_accounts(read, done, unused, data)
-    in_source = {row.line: row for row in chosen}
-    places, moved = assign_splits([in_source[row.line] for row in done.rows], data)
-    splits = {name: TokenRows.from_rows([done.tokens[i] for i in places[name]]) for name in SPLITS}
-    for name in SPLITS:
-        save_rows(folder, name, (done.rows[i].messages for i in places[name]))
-    save_splits(folder, splits)
-    write_jsonl(folder / REJECTED_FILE, map(_rejected, unused))
-    report = data_report(data, done.rows, unused, splits)
-    report |= {"rows_moved_to_fill_a_split": moved, "template": encoder.template.name}
-    shown = [sample(done.rows[i], encoder, *done.tokens[i]) for i in places["train"][:SAMPLES]]
-    write_json(folder / REPORT_FILE, {**report, "samples": shown})
-    counts = ", ".join(f"{len(splits[name]):,} {name}" for name in SPLITS)
-    log.info("prepare: %s rows read, used: %s", f"{len(read):,}", counts)
+def _chosen(data: DataSettings, account: Account, bar: Bar) -> Stream:
+    """The rows to be used, and all others with the reason why not."""
+    stream = _sifted(_with_progress(account.counting(read_source(data)), bar), data)
+    if data.max_rows is None:
+        return stream
+    chosen = smallest_hashes(_sifted(read_source(data), data), data.max_rows, data.seed)
+    return only(stream, chosen, f"data.max_rows is {data.max_rows}")
 
 
-def _read(data: DataSettings) -> list[Row]:
-    rows = []
-    with progress("reading rows") as bar:
-        for row in read_source(data.source):
-            rows.append(row)
-            bar.advance(1)
-    return rows
+def _sifted(stream: Stream, data: DataSettings) -> Stream:
+    return distinct(within_characters(stream, data.min_chars, data.max_chars), data.near_duplicates)
 
 
-def _with_system(row: Row, system_prompt: str | None) -> Row:
-    if system_prompt is None or any(turn["role"] == "system" for turn in row.messages):
-        return row
-    return replace(row, messages=[{"role": "system", "content": system_prompt}, *row.messages])
+def _with_progress(stream: Stream, bar: Bar) -> Stream:
+    for count, item in enumerate(stream, start=1):
+        yield item
+        if count % BATCH_ROWS == 0:
+            bar.advance(BATCH_ROWS)
 
 
-def _tokenise(rows: Sequence[Row], encoder: ChatEncoder, data: DataSettings) -> _Tokenised:
-    done = _Tokenised([], [], [])
-    faults: list[tuple[int, str]] = []
-    with progress("tokenising", total=len(rows)) as bar:
-        for start in range(0, len(rows), BATCH_ROWS):
-            batch = rows[start : start + BATCH_ROWS]
-            for row, encoded in _encode(batch, encoder, data.mask_prompt, faults):
-                length = len(encoded[0])
-                if length > data.max_seq_length:
-                    detail = f"{length} tokens; data.max_seq_length is {data.max_seq_length}"
-                    done.too_long.append(Unused(row, "too_long", detail))
-                else:
-                    done.rows.append(row)
-                    done.tokens.append(encoded)
-            bar.advance(len(batch))
-    if faults:
-        raise bad_rows_error(data.source, faults)
-    return done
-
-
-def _encode(
-    batch: Sequence[Row], encoder: ChatEncoder, mask_prompt: bool, faults: list[tuple[int, str]]
-) -> Iterator[tuple[Row, TokenRow]]:
-    """A batch at once; row by row only when the template refuses one of it, to name that one's line."""
-    try:
-        yield from zip(batch, encoder.rows([row.messages for row in batch], mask_prompt), strict=True)
-    except TemplateError:
-        for row in batch:
-            try:
-                yield row, encoder.rows([row.messages], mask_prompt)[0]
-            except TemplateError as error:
-                faults.append((row.line, str(error)))
-
-
-def _check_accounts(
-    read: Sequence[Row], done: _Tokenised, unused: Sequence[Unused], data: DataSettings
-) -> None:
-    lines = sorted([row.line for row in done.rows] + [one.row.line for one in unused])
-    if lines != [row.line for row in read]:
-        raise AssertionError(f"{len(read)} rows read, but {len(done.rows)} used and {len(unused)} not")
-    if len(done.rows) < len(SPLITS):
-        too_long = f"{len(done.too_long)} were over data.max_seq_length={data.max_seq_length}"
+def _check_enough(account: Account, data: DataSettings) -> None:
+    if account.used < len(SPLITS):
+        reasons = ", ".join(f"{count} {kind}" for kind, count in account.reasons.most_common())
         raise InputError(
-            f"{data.source}: {len(done.rows)} usable rows of {len(read)} read ({too_long}); training, "
-            f"validation and test need one each: give at least {len(SPLITS)} different rows that fit"
+            f"{data.source}: {account.used} usable rows of {account.read} read ({reasons or 'no others'}); "
+            f"training, validation and test need one each: give at least {len(SPLITS)} different rows"
         )
 
 
-def _rejected(one: Unused) -> dict[str, Any]:
-    text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in one.row.messages)
-    return {"line": one.row.line, "reason": f"{one.kind}: {one.detail}", "text": text}
+def _samples(folder: Path, dealt: Dealt, encoder: ChatEncoder, supervise: str) -> list[dict[str, Any]]:
+    """The first training rows as they are learnt, with their places in the source."""
+    written = first_lines(folder / "train.jsonl", SAMPLES)
+    return [
+        {"file": file, "line": line, "pieces": encoder.shown(read_row(row), supervise)}
+        for (file, line), row in zip(dealt.places, written, strict=True)
+    ]

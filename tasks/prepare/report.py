@@ -2,80 +2,87 @@
 
 from __future__ import annotations
 
-import itertools
-import platform
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tasks.config import DataSettings
-from tasks.prepare.choose import Unused
-from tasks.prepare.rows import Row
-from tasks.prepare.splits import TokenRows
-from tasks.prepare.tokenise import ChatEncoder
+from tasks.prepare.choose import TRAIN
+from tasks.prepare.rows import SPLITS
+from tasks.prepare.spool import Dealt
 
-SAMPLES = 3
+HISTOGRAM_BARS = 24
+
+GUIDANCE = {"style": (10, 100), "task": (50, 500), "domain": (100, 1000), "broad": (500, 5000)}
+"""Training rows: at the least, and recommended, by `data.goal`."""
 
 
-def data_report(
-    data: DataSettings,
-    used: Sequence[Row],
-    unused: Sequence[Unused],
-    splits: dict[str, TokenRows],
-) -> dict[str, Any]:
-    """Counts of rows and tokens, as plain values.
-
-    `rows_read` = `rows_used` + `duplicates` + `rejected`; `rejected` are the rows over `max_seq_length`
-    and those not chosen under `max_rows`, told apart in `unused_by_reason`. Lengths are in tokens.
-    """
-    reasons = Counter(one.kind for one in unused)
-    sizes = {name: _tokens(rows) for name, rows in splits.items()}
-    lengths = np.concatenate([rows.lengths for rows in splits.values()])
-    report = {
-        "source": Path(data.source).name,
-        "rows_read": len(used) + len(unused),
-        "rows_used": len(used),
-        "duplicates": reasons["duplicate"],
-        "rejected": len(unused) - reasons["duplicate"],
-        "unused_by_reason": dict(sorted(reasons.items())),
-        "formats": dict(sorted(Counter(row.format for row in used).items())),
-        "splits": sizes,
-        **_sum(list(sizes.values())),
-        "length_tokens": {
-            "min": int(lengths.min()),
-            "median": float(np.median(lengths)),
-            "p95": float(np.percentile(lengths, 95)),
-            "max": int(lengths.max()),
+def token_figures(data: DataSettings, dealt: Dealt) -> dict[str, Any]:
+    """Rows, tokens and supervised tokens of each split, lengths, and advice on the number of rows."""
+    train = int((dealt.splits == TRAIN).sum())
+    return {
+        "splits": {
+            name: {
+                "rows": int((mine := dealt.splits == index).sum()),
+                **_share(int(dealt.lengths[mine].sum()), int(dealt.supervised[mine].sum())),
+            }
+            for index, name in enumerate(SPLITS)
         },
+        **_share(int(dealt.lengths.sum()), int(dealt.supervised.sum())),
+        "shared_prompts": _shared_prompts(dealt),
+        "length_tokens": _lengths(dealt.lengths),
         "max_seq_length": data.max_seq_length,
+        "supervise": data.supervise,
+        "guidance": guidance(data.goal, train),
     }
-    return {**report, "python": platform.python_version()} if data.source == "stdlib" else report
 
 
-def sample(
-    row: Row, encoder: ChatEncoder, tokens: Sequence[int], supervised: Sequence[bool]
-) -> dict[str, Any]:
-    """A row as rendered, and the texts of its supervised stretches, decoded from their token ids."""
-    learnt = [
-        encoder.decode([token for token, _ in run])
-        for is_learnt, run in itertools.groupby(
-            zip(tokens, supervised, strict=True), key=lambda pair: pair[1]
-        )
-        if is_learnt
-    ]
-    rendered = "".join(piece.text for piece in encoder.template.pieces(row.messages))
-    return {"line": row.line, "rendered": rendered, "supervised": learnt}
+def guidance(goal: str, rows: int) -> dict[str, Any]:
+    """Whether so many training rows are enough for a goal; `advice` is empty when they are."""
+    minimum, recommended = GUIDANCE[goal]
+    advice = ""
+    if rows < recommended:
+        few = f"less than the {minimum} it takes at least" if rows < minimum else "which may do"
+        count = f"{rows} training row{'s' * (rows != 1)}"
+        advice = f"{count} for data.goal={goal}, {few}; {recommended} or more are recommended"
+    return {
+        "goal": goal,
+        "rows": rows,
+        "minimum": minimum,
+        "recommended": recommended,
+        "advice": advice,
+    }
 
 
-def _tokens(rows: TokenRows) -> dict[str, Any]:
-    return {"rows": len(rows), **_share(len(rows.tokens), int(rows.supervised.sum()))}
+def _shared_prompts(dealt: Dealt) -> int:
+    """Held-out rows whose prompt is also that of a training row: their loss flatters the model."""
+    train = dealt.splits == TRAIN
+    return int(np.isin(dealt.prompts[~train], dealt.prompts[train]).sum())
 
 
-def _sum(sizes: list[dict[str, Any]]) -> dict[str, Any]:
-    return _share(sum(one["tokens"] for one in sizes), sum(one["supervised_tokens"] for one in sizes))
+def _lengths(lengths: NDArray[np.int64]) -> dict[str, Any]:
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    width = _round_up((longest - shortest + 1) / HISTOGRAM_BARS)
+    edges = np.arange(shortest // width * width, longest + width + 1, width)
+    counts, _ = np.histogram(lengths, edges)
+    return {
+        "min": shortest,
+        "median": float(np.median(lengths)),
+        "p95": float(np.percentile(lengths, 95)),
+        "max": longest,
+        "histogram": {"edges": edges.tolist(), "rows": counts.tolist()},
+    }
+
+
+def _round_up(width: float) -> int:
+    """The next of 1, 2, 4, 5, 8, 10, 20, …: edges that a person can read."""
+    power = 1
+    while True:
+        for step in (1, 2, 4, 5, 8):
+            if step * power >= width:
+                return step * power
+        power *= 10
 
 
 def _share(tokens: int, supervised: int) -> dict[str, Any]:

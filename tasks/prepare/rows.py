@@ -11,7 +11,7 @@ from typing import Any
 
 Turn = dict[str, Any]
 Messages = list[Turn]
-"""Turns as chat templates take them: `role`, `content`, and for tools `tool_calls`, `tool_call_id`, `name`."""
+"""Turns as chat templates take them: `role`, `content`; for tools `tool_calls`, `tool_call_id`, `name`."""
 
 ROLES = ("system", "user", "assistant", "tool")
 SPLITS = ("train", "valid", "test")
@@ -95,11 +95,16 @@ Stream = Iterator[Row | Unused | Note]
 
 FAULTS = {
     "encoding": "not UTF-8",
+    "surrogate": "half of a character",
+    "nul": "a NUL character",
     "json": "broken JSON",
+    "quotes": "a quote out of place",
     "columns": "more or fewer cells than the header",
     "too_large": "too large for a row",
     "duplicate_key": "a key twice",
     "not_a_number": "NaN or infinity",
+    "huge_number": "an integer too long to be read",
+    "nested": "nested too deeply",
     "format": "no known form",
     "type": "a value of the wrong type",
     "role": "a missing or unknown role",

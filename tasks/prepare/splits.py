@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-SPLITS = ("train", "valid", "test")
+from tasks.prepare.rows import SPLITS
+
 TOKENS_FILE = "tokens.safetensors"
+
+DTYPES: dict[str, tuple[str, type[np.generic]]] = {
+    "offsets": ("I64", np.int64),
+    "tokens": ("I32", np.int32),
+    "supervised": ("BOOL", np.bool_),
+}
+"""Of each array of a split, in the order of the file: the widest first, so that all are aligned."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +71,49 @@ class TokenRows:
         return self.tokens[span], self.supervised[span]
 
 
-def save_splits(folder: Path, splits: dict[str, TokenRows]) -> None:
+def save_splits(folder: Path, splits: Mapping[str, TokenRows]) -> None:
     """Write `tokens.safetensors` with `<split>.tokens`, `<split>.offsets` and `<split>.supervised`."""
-    arrays: dict[str, NDArray[Any]] = {}
-    for name, rows in splits.items():
-        arrays[f"{name}.tokens"] = rows.tokens
-        arrays[f"{name}.offsets"] = rows.offsets
-        arrays[f"{name}.supervised"] = rows.supervised
-    save_file(arrays, folder / TOKENS_FILE)
+    lengths = {name: splits[name].lengths for name in SPLITS}
+    write_tokens(folder, lengths, ([(rows.tokens, rows.supervised)] for rows in splits.values()))
+
+
+def write_tokens(
+    folder: Path,
+    lengths: Mapping[str, NDArray[np.int64]],
+    parts: Iterable[Iterable[tuple[NDArray[np.int32], NDArray[np.bool_]]]],
+) -> None:
+    """Write `tokens.safetensors` from parts, none of which has to be in memory with another.
+
+    The safetensors package writes only what is in memory whole. Its format: the header's length as
+    eight bytes, a JSON header padded with blanks, the arrays.
+
+    Args:
+        lengths: (rows,) tokens of each row, by split.
+        parts: of each split in that order, token ids and supervision of its rows one after another.
+    """
+    totals = {name: int(rows.sum()) for name, rows in lengths.items()}
+    header: dict[str, dict[str, object]] = {}
+    place = 0
+    for array, (dtype, numpy_type) in DTYPES.items():
+        for name in lengths:
+            count = len(lengths[name]) + 1 if array == "offsets" else totals[name]
+            end = place + count * np.dtype(numpy_type).itemsize
+            header[f"{name}.{array}"] = {"dtype": dtype, "shape": [count], "data_offsets": [place, end]}
+            place = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / TOKENS_FILE).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for rows in lengths.values():
+            file.write(np.concatenate([[0], np.cumsum(rows)]).astype(np.int64).tobytes())
+        tokens_at = file.tell()
+        supervised_at = tokens_at + 4 * sum(totals.values())
+        for split in parts:
+            for tokens, supervised in split:
+                file.seek(tokens_at)
+                tokens_at += file.write(tokens.astype(np.int32, copy=False).tobytes())
+                file.seek(supervised_at)
+                supervised_at += file.write(supervised.tobytes())
 
 
 def load_splits(folder: Path) -> dict[str, TokenRows]:

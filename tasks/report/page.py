@@ -50,10 +50,10 @@ class Finished:
 
 def write_report(finished: Finished) -> Path:
     """Write the page under `mlruns/reports/`, log it to the run as an artifact, return its path."""
-    from jinja2 import Environment, PackageLoader, select_autoescape
+    from jinja2 import Environment, PackageLoader
 
     training = finished.adapter.read_json(TRAINING_FILE)
-    environment = Environment(loader=PackageLoader("tasks.report", "."), autoescape=select_autoescape())
+    environment = Environment(loader=PackageLoader("tasks.report", "."), autoescape=True)
     environment.filters["number"] = lambda value: (
         f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
     )

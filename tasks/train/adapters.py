@@ -1,9 +1,14 @@
-"""LoRA adapters in mlx-lm's own layers and file layout, initialised from a seed and loaded strictly."""
+"""What is trained, put onto a base model, and its files in mlx-lm's own layout, loaded strictly.
+
+LoRA, DoRA and full training are read by `mlx_lm.generate --adapter-path`, `mlx_lm.fuse` and `mlx_lm.server`
+as they are; a soft prompt is in the same two files, which mlx-lm cannot read.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +18,69 @@ from mlx.utils import tree_flatten
 
 from tasks.config import TrainSettings
 from tasks.errors import InputError
-from tasks.models.mlx_lm_import import import_mlx_lm
 from tasks.models.safety import check_safetensors
+from tasks.train import full, low_rank, soft_prompt
+from tasks.train.targets import ALL_LINEAR
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
+KINDS = (*low_rank.KINDS, full.KIND, soft_prompt.KIND)
 
-def adapter_config(settings: TrainSettings, layers_in_model: int) -> dict[str, Any]:
+LARGEST_SCALE = 1e4
+"""Far over any alpha / rank in use; beyond it a damaged file is likelier than a meaning."""
+
+
+def adapter_config(
+    settings: TrainSettings, layers_in_model: int, keys: Sequence[str] | None = None
+) -> dict[str, Any]:
     """`adapter_config.json` as mlx-lm reads it.
+
+    Args:
+        settings: `num_layers` = -1 becomes the number of layers, but for full training, where it
+            means the embeddings and the head too.
+        layers_in_model: the transformer layers of the model.
+        keys: `target_keys(model, settings.targets, settings.num_layers)`; without them mlx-lm adapts
+            every linear module of a layer.
 
     Raises:
         InputError: more layers are asked for than the model has.
+        ValueError: the settings name modules, and `keys` are not given.
     """
-    num_layers = layers_in_model if settings.num_layers == -1 else settings.num_layers
-    if num_layers > layers_in_model:
+    if settings.method == soft_prompt.KIND:
+        return {"fine_tune_type": soft_prompt.KIND, "prompt_tokens": settings.prompt_tokens}
+    if settings.num_layers > layers_in_model:
         raise InputError(
-            f"train.num_layers = {num_layers}: the model has {layers_in_model} layers; "
+            f"train.num_layers = {settings.num_layers}: the model has {layers_in_model} layers; "
             f"give 1 to {layers_in_model}, or -1 for all"
         )
+    if settings.method == full.KIND:
+        return {"fine_tune_type": full.KIND, "num_layers": settings.num_layers}
+    if keys is None and settings.targets != (ALL_LINEAR,):
+        raise ValueError("settings.targets name modules of the model: give their keys")
     return {
-        "fine_tune_type": "lora",
-        "num_layers": num_layers,
+        "fine_tune_type": settings.method,
+        "num_layers": layers_in_model if settings.num_layers == -1 else settings.num_layers,
         "lora_parameters": {
             "rank": settings.rank,
-            "scale": settings.alpha / settings.rank,
+            "scale": low_rank.low_rank_scale(settings),
             "dropout": settings.dropout,
+            **({} if keys is None else {"keys": list(keys)}),
         },
     }
 
 
 def add_adapter(model: nn.Module, config: dict[str, Any], seed: int) -> None:
-    """Freeze the model and wrap the linear layers of its last layers in LoRA, ready to train.
+    """Freeze the model but for what `config` trains, and begin that from `seed`, ready to train.
 
-    A is uniform in ±1/√(input width), drawn from `seed` in the order of the sorted names; B is
-    zero, so that the model's output is unchanged (Hu et al. 2021, arXiv:2106.09685).
+    Raises:
+        InputError: the model does not allow this kind of training.
     """
-    _wrap_in_lora(model, config)
-    down = {name: array for name, array in adapter_weights(model).items() if name.endswith("lora_a")}
-    keys = mx.random.split(mx.random.key(seed), len(down))
-    drawn = []
-    for (name, array), key in zip(down.items(), keys, strict=True):
-        bound = 1 / math.sqrt(array.shape[-2])
-        drawn.append((name, mx.random.uniform(-bound, bound, array.shape, key=key)))
-    model.load_weights(drawn, strict=False)
+    _make_trainable(model, config)
+    if config["fine_tune_type"] in low_rank.KINDS:
+        low_rank.draw(model, seed)
+    elif config["fine_tune_type"] == soft_prompt.KIND:
+        soft_prompt.draw(model, seed)
 
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
@@ -79,17 +103,22 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """Put a saved adapter onto its base model, every tensor accounted for.
 
     Raises:
-        InputError: it is no LoRA adapter, or names, shapes or finiteness are not what its own config
-            implies (mlx-lm loads such files without a word).
+        InputError: it is of no known kind, or names, shapes or finiteness are not what its own config
+            and the base imply (mlx-lm loads such files without a word).
     """
-    config = _read_config(folder)
+    config = read_adapter_config(folder)
     check_safetensors(folder / WEIGHTS_FILE)
-    _wrap_in_lora(model, config)
+    if config.get("num_layers", 0) > len(model.layers):
+        raise InputError(
+            f"{folder / CONFIG_FILE}: num_layers = {config['num_layers']}, the base model has "
+            f"{len(model.layers)}; give the adapter's own base model"
+        )
+    _make_trainable(model, config)
     expected = adapter_weights(model)
     weights: dict[str, mx.array] = mx.load(str(folder / WEIGHTS_FILE))  # type: ignore[assignment]
     if odd := sorted(set(expected) ^ set(weights)):
         raise InputError(f"{folder / WEIGHTS_FILE}: {len(odd)} tensors missing or unknown, first {odd[0]}")
-    for name, array in weights.items():
+    for name, array in sorted(weights.items()):
         if array.shape != expected[name].shape:
             raise InputError(
                 f"{folder / WEIGHTS_FILE}: {name} is {array.shape}, expected {expected[name].shape}"
@@ -100,22 +129,59 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     model.eval()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """An adapter folder's `adapter_config.json`, checked.
+
+    Raises:
+        InputError: files are missing, or it is neither ours nor mlx-lm's.
+    """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: has no {name}; give an adapter folder as mlx_lm writes it")
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{folder / CONFIG_FILE}: not JSON ({error})") from None
-    if (kind := config.get("fine_tune_type", "lora")) != "lora":
-        raise InputError(f"{folder / CONFIG_FILE}: fine_tune_type = '{kind}'; only 'lora' can be loaded")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG_FILE}: holds a {type(config).__name__}, expected an object")
+    config.setdefault("fine_tune_type", "lora")
+    if fault := _fault(config):
+        raise InputError(f"{folder / CONFIG_FILE}: {fault}")
     return config
 
 
-def _wrap_in_lora(model: nn.Module, config: dict[str, Any]) -> None:
-    import_mlx_lm()
-    from mlx_lm.tuner.utils import linear_to_lora_layers
+def _fault(config: dict[str, Any]) -> str | None:
+    """What is wrong with an adapter's config, if anything."""
+    kind, layers = config["fine_tune_type"], config.get("num_layers")
+    if kind not in KINDS:
+        return f"fine_tune_type = {kind!r}; it can be {', '.join(KINDS)}"
+    if kind == soft_prompt.KIND:
+        count = config.get("prompt_tokens")
+        return None if _is_count(count) else f"prompt_tokens = {count!r}; expected a number from 1 up"
+    if not _is_count(layers) and not (kind == full.KIND and layers == -1):
+        return f"num_layers = {layers!r}; expected a number of layers from 1 up"
+    if kind == full.KIND:
+        return None
+    parameters = config.get("lora_parameters")
+    if not isinstance(parameters, dict) or not {"rank", "scale", "dropout"} <= parameters.keys():
+        return "lora_parameters need rank, scale and dropout"
+    if not _is_count(parameters["rank"]):
+        return f"rank = {parameters['rank']!r}; expected a number from 1 up"
+    scale = parameters["scale"]
+    if not isinstance(scale, int | float) or not math.isfinite(scale) or abs(scale) > LARGEST_SCALE:
+        return f"scale = {scale!r}; expected a number up to {LARGEST_SCALE:g}"
+    return None
 
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _make_trainable(model: nn.Module, config: dict[str, Any]) -> None:
     model.freeze()
-    linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"])
+    if config["fine_tune_type"] == soft_prompt.KIND:
+        soft_prompt.put_in_front(model, config["prompt_tokens"])
+    elif config["fine_tune_type"] == full.KIND:
+        full.unfreeze(model, config["num_layers"])
+    else:
+        low_rank.wrap(model, config)

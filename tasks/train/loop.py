@@ -27,6 +27,7 @@ from tasks.train.interrupt import PutOffSignals
 from tasks.train.loss import batch_loss, mean_loss
 from tasks.train.optimizers import make_optimizer, optimizer_state, restore_optimizer, set_learning_rate
 from tasks.train.schedules import learning_rate_at
+from tasks.train.soft_prompt import prefix_ids, with_prefix
 from tasks.train.state import Training
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ def fit(
     """
     if settings.valid_rows:
         valid = valid.first(settings.valid_rows)
+    in_front = prefix_ids(model)
+    train, valid = with_prefix(train, in_front), with_prefix(valid, in_front)
     _check_rows(train, valid)
     mx.reset_peak_memory()
     optimizer = make_optimizer(settings)

@@ -14,6 +14,7 @@ from tasks.models.device import on_gpu
 from tasks.models.folder import ModelFolder
 from tasks.prepare.splits import load_splits
 from tasks.publish import StepOutput
+from tasks.train.trainable import count_trainable
 
 FLOAT_BYTES = 4
 LOGIT_COPIES = 3
@@ -50,10 +51,12 @@ def estimate_memory(settings: TrainSettings, model: ModelFolder, data: StepOutpu
     supervised = max(splits[name].most_supervised() for name in ("train", "valid"))
     tokens = settings.batch_size * longest
     adapted = layers if settings.num_layers == -1 else min(settings.num_layers, layers)
+    if settings.method == "soft-prompt":  # the gradient goes through all layers to the input
+        adapted = layers
     a_layer = tokens * (10 * hidden + 5 * inner + 2 * heads * longest) * FLOAT_BYTES
     return MemoryEstimate(
         weights=weights_bytes(model.path, config),
-        adapters=4 * adapted * _lora_parameters(config, settings.rank) * FLOAT_BYTES,
+        adapters=4 * count_trainable(model.config(), settings) * FLOAT_BYTES,
         activations=(adapted + 1) * a_layer,
         logits=LOGIT_COPIES * settings.batch_size * supervised * config["vocab_size"] * FLOAT_BYTES,
     )
@@ -77,15 +80,6 @@ def weights_bytes(folder: Path, config: dict[str, Any]) -> int:
             elif not (quantised and leaf in ("weight", "biases")):
                 numbers += math.prod(shape)
     return numbers * FLOAT_BYTES
-
-
-def _lora_parameters(config: dict[str, int], rank: int) -> int:
-    """Numbers in the LoRA matrices of one layer's seven linear modules."""
-    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    queries, keys = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
-    widths = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)
-    return rank * widths
 
 
 def free_memory() -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config import TrainSettings
+from tasks.errors import InputError
 from tasks.models.folder import ModelFolder
 from tasks.publish import StepOutput, output_folder, remove_drafts, run_step, write_json
 from tasks.tracking import Run
@@ -16,6 +17,9 @@ log = logging.getLogger(__name__)
 
 TRAINING_FILE = "training.json"
 ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json", TRAINING_FILE)
+
+TRAINING_TAG = "tunesmith.training"
+"""The fingerprint of what a run trains."""
 
 SAVING = {"steps_per_save", "minutes_per_save"}
 """Settings that decide how often a run is saved, and nothing about what it finds."""
@@ -29,7 +33,8 @@ def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput,
     advice. An adapter found again, and a training that goes on, bring their history to the run.
 
     Raises:
-        InputError: the model has fewer layers than `num_layers`.
+        InputError: the model does not allow the settings, as more layers than it has; or the run has
+            begun another training.
         StepError: a loss or gradient is not finite.
     """
     from tasks.train.checkpoints import checkpoints_folder, owned, remove_checkpoints
@@ -37,6 +42,7 @@ def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput,
     inputs = training_inputs(settings, model, data)
     target = output_folder("train", inputs)
     folder = checkpoints_folder(target.name)
+    _check_same_training(run, target.name)
     with owned(folder, f"MLflow run {run.id}"):
         remove_drafts(target.parent, target.name)
         output = run_step("train", inputs, lambda draft: _train(draft, settings, model, data, inputs, run))
@@ -61,6 +67,17 @@ def training_inputs(settings: TrainSettings, model: ModelFolder, data: StepOutpu
     }
 
 
+def _check_same_training(run: Run, fingerprint: str) -> None:
+    """Let a run that is resumed hold the curve of one training, not pieces of two."""
+    known = run.tag(TRAINING_TAG)
+    if known not in (None, fingerprint):
+        raise InputError(
+            f"run {run.id} has begun another training ({known}, now {fingerprint}): its model, its data or "
+            "Tunesmith itself have changed since; 'tunesmith finetune' starts anew"
+        )
+    run.set_tags({TRAINING_TAG: fingerprint})
+
+
 def _train(
     draft: Path,
     settings: TrainSettings,
@@ -81,10 +98,14 @@ def _train(
     from tasks.train.checkpoints import Checkpoints, checkpoints_folder
     from tasks.train.health import advice
     from tasks.train.loop import fit
+    from tasks.train.quantised_base import check_base
+    from tasks.train.targets import target_keys
 
     splits = load_splits(data.path)
+    check_base(settings.method, model.config())
     network = load_model(model.path).model
-    config = adapter_config(settings, len(network.layers))
+    keys = target_keys(network, settings.targets, settings.num_layers)
+    config = adapter_config(settings, len(network.layers), keys)
     add_adapter(network, config, settings.seed)
     trainable = count_parameters(adapter_weights(network))
     run.set_tags({"tunesmith.trainable_parameters": trainable})

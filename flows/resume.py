@@ -1,0 +1,104 @@
+"""Going on with a finetune that ended early: its settings are kept in its MLflow run, and found there."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from tasks.config import CREDENTIALS, DataSettings, ModelSettings, Settings, TrackingSettings, load_settings
+from tasks.errors import InputError
+from tasks.tracking import StoredRun, read_text, stored_runs, tracking_uri
+
+SETTINGS_FILE = "settings.yaml"
+"""The artifact of a run with all its settings."""
+
+ID_LENGTH = 8
+"""Of an id, so much is shown, and a prefix of it is enough where it is unique."""
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A run to go on with."""
+
+    run_id: str
+    settings: Settings
+
+
+def settings_as_yaml(settings: Settings) -> str:
+    """All settings, as `load_settings` reads them from anywhere: paths are absolute.
+
+    User and password in an address become `***`.
+    """
+    tree = settings.model_dump(mode="json", by_alias=True)
+    defaults = {"data": DataSettings().source, "model": ModelSettings().source}
+    for section, name in defaults.items():
+        source = Path(tree[section]["source"]).expanduser()
+        if tree[section]["source"] != name and source.exists():
+            tree[section]["source"] = str(source.resolve())
+    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return CREDENTIALS.sub("://***@", text)
+
+
+def find_interrupted(reference: str) -> Interrupted:
+    """The run that `reference` means, an id, the beginning of one, or a name, with its settings.
+
+    Raises:
+        InputError: there is no such run, there are several, it is finished or still running, or it is no
+            finetune.
+    """
+    tracking = TrackingSettings()
+    where = CREDENTIALS.sub("://***@", tracking_uri(tracking))
+    run = _chosen(reference, stored_runs(tracking), where)
+    text = read_text(tracking, run.id, SETTINGS_FILE)
+    if text is None:
+        raise InputError(f"run {run.id} ({run.name}) has no {SETTINGS_FILE}: only a finetune can be resumed")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / SETTINGS_FILE
+        path.write_text(text, encoding="utf-8")
+        settings = load_settings(path)
+    # The store is where the run was found: an address kept in the run has lost its password.
+    found = settings.tracking.model_copy(update={"uri": tracking.uri})
+    return Interrupted(run.id, settings.model_copy(update={"tracking": found}))
+
+
+def _chosen(reference: str, runs: list[StoredRun], where: str) -> StoredRun:
+    """The one run meant; of those that share a name, the one that is not finished."""
+    meant = [run for run in runs if run.id.startswith(reference)] if reference else []
+    meant = meant or [run for run in runs if run.name == reference]
+    if not meant:
+        raise InputError(
+            f"run '{reference}': no run of that id or name in {where}; 'tunesmith ui' shows them, "
+            "MLFLOW_TRACKING_URI names another store"
+        )
+    unfinished = [run for run in meant if run.status != "FINISHED"]
+    if not unfinished:
+        raise InputError(
+            f"run {meant[0].id} ({meant[0].name}) is finished: there is nothing left to resume; "
+            "'tunesmith finetune' starts another"
+        )
+    if len(unfinished) > 1:
+        each = ", ".join(f"{run.id[:ID_LENGTH]} ({run.name}, {run.status})" for run in unfinished)
+        raise InputError(f"run '{reference}' may be any of {len(unfinished)}: {each}; give more of the id")
+    [run] = unfinished
+    if run.status == "RUNNING":
+        _check_dead(run)
+    return run
+
+
+def _check_dead(run: StoredRun) -> None:
+    """A run killed with -9 stays RUNNING in MLflow; only its process tells it from one that is at work."""
+    import psutil
+
+    host, pid, started = run.process.rsplit(" ", 2) if run.process else ("", "0", "0")
+    if host and host != platform.node():
+        raise InputError(f"run {run.id} ({run.name}) is running on {host}; stop it and resume it there")
+    try:
+        alive = abs(psutil.Process(int(pid)).create_time() - float(started)) < 1
+    except psutil.NoSuchProcess:
+        alive = False
+    if alive:
+        raise InputError(f"run {run.id} ({run.name}) is still running, in process {pid}; stop that first")
