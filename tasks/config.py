@@ -56,6 +56,9 @@ class ModelSettings(Section):
     quantize: QuantizeSettings | None = Field(
         None, description="quantise the base first (QLoRA): {bits: 4, group_size: 64}"
     )
+    dequantize: bool = Field(
+        False, description="import a quantised GGUF file as float32, as full training needs"
+    )
 
 
 class MappingSettings(Section):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_models_gguf import write_tiny_gguf
+from test_models_gguf import Q8_0, write_tiny_gguf
 
 from tasks.config import ModelSettings
 from tasks.errors import InputError
@@ -118,3 +118,17 @@ def test_importing_the_step_imports_neither_mlx_nor_the_hub() -> None:
     code = f"import sys, tasks.models; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_quantised_gguf_file_may_become_a_plain_model_and_a_quantised_folder_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.models.gguf_import.on_gpu", lambda: True)
+    write_tiny_gguf(tmp_path / "tiny.gguf", kind=Q8_0)
+    stored = resolve_model(settings(tmp_path / "tiny.gguf"))
+    plain = resolve_model(ModelSettings(source=str(tmp_path / "tiny.gguf"), dequantize=True))
+    assert "quantization" in stored.config()
+    assert "quantization" not in plain.config()
+    with pytest.raises(InputError, match=r"model\.dequantize: .* is no GGUF file"):
+        resolve_model(ModelSettings(source=str(stored.path), dequantize=True))
+    assert resolve_model(ModelSettings(source=str(plain.path), dequantize=True)).path == plain.path

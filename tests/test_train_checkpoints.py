@@ -8,7 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import mlx.core as mx
 import numpy as np
@@ -32,6 +32,9 @@ from tasks.train.checkpoints import (
 from tasks.train.loop import fit
 from tasks.train.state import Training
 
+METHODS, OPTIMIZERS = (
+    get_args(TrainSettings.model_fields[name].annotation) for name in ("method", "optimizer")
+)
 EXACT = ("train_loss", "val_loss", "grad_norm", "learning_rate", "trained_tokens", "epoch")
 
 
@@ -105,6 +108,7 @@ def assert_equal_runs(
         {"grad_checkpoint": True, "dropout": 0.2},
         {"optimizer": "muon", "lora_plus_ratio": 16.0, "learning_rate": 1e-3},
         {"optimizer": "adafactor", "weight_decay": 0.1},
+        *({"method": method, "optimizer": optimizer} for method in METHODS for optimizer in OPTIMIZERS),
     ],
     ids=lambda changes: ",".join(map(str, changes.items())) or "plain",
 )

@@ -33,7 +33,8 @@ def resolve_model(settings: ModelSettings) -> ModelFolder:
 
         name = BUNDLED_NAME if source == BUNDLED_SOURCE else found.stem
         # As stored it may be quantised already, in another way than the one asked for.
-        folder = import_gguf(found, name, "float32" if settings.quantize else None)
+        plain = settings.quantize is not None or settings.dequantize
+        folder = import_gguf(found, name, "float32" if plain else None)
     elif found is not None:
         name, folder = found.name, found
     else:
@@ -43,6 +44,10 @@ def resolve_model(settings: ModelSettings) -> ModelFolder:
 
         folder = quantised_folder(folder, name, settings.quantize)
         name = quantised_name(name, settings.quantize)
+    elif settings.dequantize and {"quantization", "quantization_config"} & read_config(folder).keys():
+        raise InputError(
+            f"model.dequantize: {folder} is no GGUF file; take the model's repository that is not quantised"
+        )
     check_folder(folder)
     return ModelFolder(folder, name, folder_fingerprint(folder), source)
 

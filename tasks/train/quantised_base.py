@@ -48,7 +48,7 @@ def _refuse(method: str, bits: set[int], quantised: bool) -> None:
     if method == "full" and quantised:
         raise InputError(
             "train.method = 'full': quantised weights cannot be trained; use lora or dora, or a base "
-            "that is not quantised"
+            "that is not quantised (of a GGUF file model.dequantize=true makes one)"
         )
     # mlx_lm 0.32.2, tuner/dora.py:21, reckons the width with 32 // bits: 3, 5 and 6 do not divide 32.
     if method == "dora" and (odd := sorted(bits - set(DORA_BITS))):
