@@ -151,6 +151,10 @@ class TrainSettings(Section):
     max_grad_norm: float | None = Field(1.0, gt=0, description="clip the gradient's global norm")
     batch_size: int = Field(4, ge=1, description="rows a forward pass")
     accumulation_steps: int = Field(1, ge=1, description="forward passes an update")
+    frozen_prefix: Literal["auto", "always", "never"] = Field(
+        "auto", description="compute the layers below the adapted ones once per row; auto: where that pays"
+    )
+    prefix_cache_gb: float = Field(20.0, gt=0, description="disk for what they gave, of all runs together")
     grad_checkpoint: bool = Field(False, description="recompute activations: less memory, a third slower")
     epochs: float = Field(1.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(None, ge=1, description="stop earlier, after this many updates")

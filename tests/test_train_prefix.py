@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,9 +10,13 @@ import numpy as np
 import pytest
 from tiny_networks import CONFIGS, tiny_network
 
+from tasks.config import TrainSettings
 from tasks.prepare.splits import TokenRows
+from tasks.train.adapters import adapter_config, adapter_weights, add_adapter
+from tasks.train.frozen_prefix import frozen_depth, without_frozen_layers
+from tasks.train.loop import fit
 from tasks.train.prefix_cache import as_mlx, length_batches, make_room, open_prefixes
-from tasks.train.substitution import listening, replace_prefix
+from tasks.train.substitution import inject, listening, put_back, replace_prefix
 
 KINDS = [kind for kind in CONFIGS if kind != "mamba"]
 IDENTITY = {"base": "b", "data": "d"}
@@ -25,9 +30,11 @@ def test_the_hidden_states_injected_give_the_plain_logits(kind: str, depth: int)
     plain = network(inputs)
     with listening(network, [depth]) as heard:
         network(inputs)
-    held = replace_prefix(network, depth)
-    held.hidden = heard[depth]
+    taken = replace_prefix(network, depth)
+    inject(network, heard[depth])
     assert mx.array_equal(network(mx.zeros_like(inputs)), plain)
+    put_back(network, taken)
+    assert mx.array_equal(network(inputs), plain)
 
 
 def test_a_prefix_once_replaced_refuses_to_run_without_its_output() -> None:
@@ -111,3 +118,97 @@ def test_batches_by_length_hold_every_row_once_and_keep_to_their_tokens() -> Non
     batches = length_batches(lengths, 256)
     assert sorted(np.concatenate(batches).tolist()) == list(range(200))
     assert all(len(batch) == 1 or lengths[batch].max() * len(batch) <= 256 for batch in batches)
+
+
+def settings_of(**changes: object) -> TrainSettings:
+    given = {"num_layers": 2, "rank": 4, "learning_rate": 1e-2, "batch_size": 4, "epochs": 3}
+    return TrainSettings.model_validate({**given, "steps_per_eval": 5, **changes})
+
+
+def losses(kind: str, rows: TokenRows, settings: TrainSettings) -> list[float]:
+    network = tiny_network(kind)
+    add_adapter(network, adapter_config(settings, len(network.layers)), settings.seed)
+    splits = without_frozen_layers(network, {"train": rows, "valid": rows}, settings, IDENTITY)
+    training = fit(network, splits["train"], splits["valid"], settings, lambda step, metrics: None)
+    return [value for _, at in training.history for name, value in at.items() if name.endswith("_loss")]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mamba"])
+def test_training_on_a_frozen_prefix_equals_plain_training(
+    kind: str, token_rows: TokenRows, home: Path
+) -> None:
+    plain = losses(kind, token_rows, settings_of(frozen_prefix="never"))
+    assert not (home / "cache" / "prefix").exists()
+    prefixed = losses(kind, token_rows, settings_of(frozen_prefix="always"))
+    assert np.allclose(plain, prefixed, rtol=1e-4)
+    assert any((home / "cache" / "prefix").iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dropout": 0.2},
+        {"accumulation_steps": 2},
+        {"grad_checkpoint": True},
+        {"method": "dora"},
+        {"method": "full"},
+        {"num_layers": 4},
+        {"num_layers": -1},
+    ],
+    ids=str,
+)
+def test_a_frozen_prefix_changes_no_other_setting(changes: dict[str, object], token_rows: TokenRows) -> None:
+    plain = losses("llama", token_rows, settings_of(frozen_prefix="never", **changes))
+    prefixed = losses("llama", token_rows, settings_of(frozen_prefix="always", **changes))
+    assert np.allclose(plain, prefixed, rtol=1e-4)
+
+
+def test_the_adapter_s_names_are_those_of_the_whole_model(token_rows: TokenRows) -> None:
+    settings, network = settings_of(frozen_prefix="always"), tiny_network("qwen3")
+    add_adapter(network, adapter_config(settings, 4), 0)
+    names = adapter_weights(network).keys()
+    without_frozen_layers(network, {"train": token_rows, "valid": token_rows}, settings, IDENTITY)
+    assert adapter_weights(network).keys() == names
+    assert not any("layers.0" in name or "layers.1" in name for name in dict(network.parameters()))
+
+
+def test_a_cache_of_other_weights_is_noticed_and_not_used(
+    token_rows: TokenRows, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, splits = settings_of(frozen_prefix="always"), {"train": token_rows, "valid": token_rows}
+    for seed in (0, 1):  # another model, the same identity
+        network = tiny_network("llama", seed=seed)
+        add_adapter(network, adapter_config(settings, 4), 0)
+        layers = list(network.layers)
+        found = without_frozen_layers(network, splits, settings, IDENTITY)
+    assert found is splits
+    assert all(a is b for a, b in zip(network.layers, layers, strict=True))
+    assert "log-probabilities differ" in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["limit", "disk"])
+def test_without_room_the_layers_stay(
+    fault: str, token_rows: TokenRows, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_of(frozen_prefix="always", **({"prefix_cache_gb": 1e-6} if fault == "limit" else {}))
+    if fault == "disk":
+        usage = shutil._ntuple_diskusage(10, 10, 0)
+        monkeypatch.setattr("tasks.train.frozen_prefix.shutil.disk_usage", lambda path: usage)
+    network = tiny_network("llama")
+    splits = {"train": token_rows, "valid": token_rows}
+    assert without_frozen_layers(network, splits, settings, IDENTITY) is splits
+    assert ("prefix_cache_gb" if fault == "limit" else "are free") in caplog.text
+
+
+@pytest.mark.parametrize(("epochs", "used"), [(1, False), (3, True)])
+def test_it_is_used_where_it_pays(token_rows: TokenRows, home: Path, epochs: int, used: bool) -> None:
+    valid = token_rows.first(2)
+    network, settings = tiny_network("llama"), settings_of(epochs=epochs, steps_per_eval=100)
+    splits = without_frozen_layers(network, {"train": token_rows, "valid": valid}, settings, IDENTITY)
+    assert (splits["train"] is not token_rows) is used
+
+
+def test_what_is_trained_at_the_bottom_leaves_no_prefix() -> None:
+    assert frozen_depth(settings_of(), 4) == 2
+    assert frozen_depth(settings_of(num_layers=-1), 4) == 0
+    assert frozen_depth(settings_of(method="soft-prompt"), 4) == 0

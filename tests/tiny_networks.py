@@ -68,7 +68,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_network(kind: str, seed: int = 0, **changes: Any) -> nn.Module:
-    """A random network of a kind of `CONFIGS`, in evaluation mode; every parameter is away from its default."""
+    """A random network of a kind of `CONFIGS`, in evaluation mode, no parameter at its default."""
     import_mlx_lm()
     from mlx_lm.utils import _get_classes
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.prepare.splits import TokenRows
+from tasks.train.prefix_cache import PrefixedRows
 
 POOL_BATCHES = 32
 """Rows are sorted by length within pools of this many batches: little padding, still well mixed.
@@ -34,12 +35,14 @@ class Batch:
         positions: (count,) int32, where in the flattened inputs the next token is supervised.
         targets: (count,) int32, those next tokens.
         rows: the rows' indices in their split.
+        hidden: (batch, length, hidden) entering the first layer that is not frozen, where it is known.
     """
 
     inputs: mx.array
     positions: mx.array
     targets: mx.array
     rows: NDArray[np.int64]
+    hidden: mx.array | None = None
 
     @property
     def supervised_tokens(self) -> int:
@@ -133,6 +136,7 @@ def collate(rows: TokenRows, indices: NDArray[np.int64]) -> Batch:
         positions=mx.array(positions.astype(np.int32)),
         targets=mx.array(tokens[:, 1:].reshape(-1)[positions]),
         rows=indices,
+        hidden=rows.padded(indices, longest - 1) if isinstance(rows, PrefixedRows) else None,
     )
 
 

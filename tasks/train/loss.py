@@ -11,11 +11,14 @@ import mlx.nn as nn
 from tasks.prepare.splits import TokenRows
 from tasks.progress import progress
 from tasks.train.batches import Batch, sorted_batches
+from tasks.train.substitution import inject
 from tasks.train.supervised import supervised_logits
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> mx.array:
     """Mean cross-entropy in nats over the supervised tokens of one batch, which has at least one."""
+    if batch.hidden is not None:
+        inject(model, batch.hidden)
     logits = supervised_logits(model, batch.inputs, batch.positions)  # (count, vocabulary)
     return nn.losses.cross_entropy(logits, batch.targets, reduction="mean")
 

@@ -61,6 +61,35 @@ class Prefix:
     dtype: mx.Dtype
 
 
+@dataclass(frozen=True)
+class PrefixedRows(TokenRows):
+    """Rows that bring the hidden states entering the first layer that is not frozen.
+
+    Attributes:
+        hidden: (total, hidden) on disk, as numpy holds `dtype`.
+        dtype: of the model's arithmetic.
+    """
+
+    hidden: NDArray[Any]
+    dtype: mx.Dtype
+
+    def first(self, count: int) -> PrefixedRows:
+        """The first `count` rows, or all when there are fewer."""
+        rows = super().first(count)
+        return PrefixedRows(
+            rows.tokens, rows.offsets, rows.supervised, self.hidden[: len(rows.tokens)], self.dtype
+        )
+
+    def padded(self, indices: NDArray[np.int64], length: int) -> mx.array:
+        """(rows, length, hidden) of some rows, cut or padded with zeros on the right to `length`."""
+        values = np.zeros((len(indices), length, self.hidden.shape[1]), self.hidden.dtype)
+        for place, index in enumerate(indices):
+            start = int(self.offsets[index])
+            count = min(int(self.offsets[index + 1]) - start, length)
+            values[place, :count] = self.hidden[start : start + count]
+        return as_mlx(values, self.dtype)
+
+
 def open_prefixes(
     model: nn.Module,
     splits: Mapping[str, TokenRows],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +22,8 @@ ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json", TRAINING_FILE)
 TRAINING_TAG = "tunesmith.training"
 """The fingerprint of what a run trains."""
 
-SAVING = {"steps_per_save", "minutes_per_save"}
-"""Settings that decide how often a run is saved, and nothing about what it finds."""
+NO_PART = {"steps_per_save", "minutes_per_save", "prefix_cache_gb"}
+"""Settings that decide how often a run is saved and what may lie on the disk, and not what it finds."""
 
 
 def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput, run: Run) -> StepOutput:
@@ -62,7 +63,7 @@ def training_inputs(settings: TrainSettings, model: ModelFolder, data: StepOutpu
     return {
         "model": model.fingerprint,
         "data": data.fingerprint,
-        "settings": settings.model_dump(mode="json", exclude=SAVING),
+        "settings": settings.model_dump(mode="json", exclude=NO_PART),
         "device": _device(),
     }
 
@@ -96,6 +97,7 @@ def _train(
         save_adapter,
     )
     from tasks.train.checkpoints import Checkpoints, checkpoints_folder
+    from tasks.train.frozen_prefix import without_frozen_layers
     from tasks.train.health import advice
     from tasks.train.loop import fit
     from tasks.train.quantised_base import check_base
@@ -109,8 +111,11 @@ def _train(
     add_adapter(network, config, settings.seed)
     trainable = count_parameters(adapter_weights(network))
     run.set_tags({"tunesmith.trainable_parameters": trainable})
+    fitted = without_frozen_layers(
+        network, {name: splits[name] for name in ("train", "valid")}, settings, _identity(model, data)
+    )
     checkpoints = Checkpoints(checkpoints_folder(output_folder("train", inputs).name), settings)
-    training = fit(network, splits["train"], splits["valid"], settings, run.report, checkpoints)
+    training = fit(network, fitted["train"], fitted["valid"], settings, run.report, checkpoints)
     told = advice(training.history)
     for sentence in told:
         log.warning("%s", sentence)
@@ -119,6 +124,12 @@ def _train(
         draft / TRAINING_FILE,
         {**training.summary(), "trainable_parameters": trainable, "advice": told, "inputs": inputs},
     )
+
+
+def _identity(model: ModelFolder, data: StepOutput) -> dict[str, str]:
+    """What the hidden states of the rows depend on, beside the depth."""
+    packages = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")}
+    return {"base": model.fingerprint, "data": data.fingerprint, "device": _device(), **packages}
 
 
 def _device() -> str:

@@ -21,7 +21,7 @@ class PassThrough(nn.Module):
     """Gives back what it is given."""
 
     def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         _take_attributes(self, layer)
 
     def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -29,12 +29,12 @@ class PassThrough(nn.Module):
 
 
 class Injection(nn.Module):
-    """Gives `held.hidden`, (batch, length, hidden), whatever it is given."""
+    """Gives the hidden states of the batch under way, (batch, length, hidden), whatever it is given."""
 
-    def __init__(self, layer: nn.Module, held: Held) -> None:
-        super().__init__()
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         _take_attributes(self, layer)
-        self.held = held
+        self.held = _Held()
 
     def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         if self.held.hidden is None:
@@ -42,15 +42,15 @@ class Injection(nn.Module):
         return self.held.hidden
 
 
-class Held:
-    """The hidden states of the batch under way; an object of its own, so that it is no parameter."""
+class _Held:
+    """An object of its own: an array that is an attribute of a module would be its parameter."""
 
     hidden: mx.array | None = None
 
 
 class _Listener(nn.Module):
     def __init__(self, layer: nn.Module, heard: dict[int, mx.array], depth: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         _take_attributes(self, layer)
         self.layer = layer
         self._hear = partial(heard.__setitem__, depth)  # the dictionary itself would be taken for parameters
@@ -75,17 +75,27 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     raise ValueError("its layers are in no list")
 
 
-def replace_prefix(model: nn.Module, depth: int) -> Held:
-    """Take the first `depth` layers out of the model; from now on their output is what is held.
+def replace_prefix(model: nn.Module, depth: int) -> list[nn.Module]:
+    """Take the first `depth` layers out of the model, and return them; `inject` gives their output.
 
-    The layers are given up: their memory is freed when nothing else holds them.
+    Their memory is freed when nothing else holds them.
     """
-    held = Held()
     layers = layers_of(model)
-    layers[:depth] = [PassThrough(layer) for layer in layers[: depth - 1]] + [
-        Injection(layers[depth - 1], held)
-    ]
-    return held
+    taken = layers[:depth]
+    layers[:depth] = [*map(PassThrough, taken[:-1]), Injection(taken[-1])]
+    return taken
+
+
+def put_back(model: nn.Module, taken: list[nn.Module]) -> None:
+    """Undo `replace_prefix`."""
+    layers_of(model)[: len(taken)] = taken
+
+
+def inject(model: nn.Module, hidden: mx.array) -> None:
+    """Let the layers that were taken out give `hidden`, (batch, length, hidden), in the next call."""
+    for layer in layers_of(model):
+        if isinstance(layer, Injection):
+            layer.held.hidden = hidden
 
 
 @contextmanager

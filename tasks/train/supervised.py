@@ -82,8 +82,8 @@ def _gathering_is_exact(model: nn.Module, inputs: mx.array) -> bool:
     positions = mx.arange(0, inputs.size, 3)
     model.eval()
     try:
-        plain = _log_probabilities(_plain(model, inputs, positions))
-        gathered = _log_probabilities(_gathered(model, inputs, positions))
+        plain = log_probabilities(_plain(model, inputs, positions))
+        gathered = log_probabilities(_gathered(model, inputs, positions))
         if plain.shape == gathered.shape and float(mx.abs(plain - gathered).max()) <= TOLERANCE:
             return True
         reason = "its logits differ"
@@ -99,6 +99,7 @@ def _gathering_is_exact(model: nn.Module, inputs: mx.array) -> bool:
     return False
 
 
-def _log_probabilities(logits: mx.array) -> mx.array:
+def log_probabilities(logits: mx.array) -> mx.array:
+    """Of logits (…, vocabulary), in float32."""
     logits = logits.astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
