@@ -499,10 +499,13 @@ def test_equal_inputs_give_equal_bytes(
     assert contents[0] == contents[1]
 
 
-def test_the_report_and_the_unused_rows_are_logged_to_the_run(tmp_path: Path, model: ModelFolder) -> None:
-    data = DataSettings(source=write(tmp_path / "rows.jsonl", numbered(20)))
+def test_the_report_and_the_unused_rows_are_logged_to_the_run(
+    tmp_path: Path, model: ModelFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = DataSettings(source=write(tmp_path / "rows.jsonl", [*numbered(20), *numbered(2)]))
     with mlflow_run(Settings(), "a run", {}) as run:
         output = prepare_data(data, model, run)
+    assert "not used: 2 the same as another row; which and why: " in caplog.text
     assert run.client.get_run(run.id).data.tags["tunesmith.data"] == output.fingerprint
     kept = {path.path for path in run.client.list_artifacts(run.id, "data")}
     assert kept == {"data/report.json", "data/report.html", "data/rejected.jsonl"}

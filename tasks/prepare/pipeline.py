@@ -61,6 +61,9 @@ def prepare_data(data: DataSettings, model: ModelFolder, run: Run | None = None)
     output = run_step("prepare", inputs, lambda folder: _make(folder, data, model))
     if run is not None:
         report = output.read_json(REPORT_FILE)
+        if reasons := report["reasons"].values():
+            told = ", ".join(f"{reason['rows']:,} {reason['meaning']}" for reason in reasons)
+            log.warning("prepare: not used: %s; which and why: %s", told, output.path / PAGE_FILE)
         if advice := report["guidance"]["advice"]:
             log.warning("prepare: %s", advice)
         run.set_tags({"tunesmith.data": output.fingerprint})
