@@ -307,7 +307,7 @@ class _Controls:
         added = tokenizer.added_tokens_decoder
         ids = {token.content: token_id for token_id, token in added.items()}
         self._special = {token_id for token_id, token in added.items() if token.special}
-        self._first = {token.content[:1] for token in added.values()}
+        self._beginnings = {token.content[:2] for token in added.values()}
         longest_first = sorted(added.values(), key=lambda token: -len(token.content))
         alternatives = [
             (r"\s*" if token.lstrip else "")
@@ -327,9 +327,9 @@ class _Controls:
 
     def spelt_in(self, text: str) -> bool:
         """Whether there is any; quick where there is none."""
-        for first in self._first:
-            if first in text:
-                return self._pattern.search(text) is not None
+        for beginning in self._beginnings:
+            if beginning in text and self._pattern.search(text):
+                return True
         return False
 
 
