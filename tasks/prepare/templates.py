@@ -327,10 +327,8 @@ class _Controls:
 
     def spelt_in(self, text: str) -> bool:
         """Whether there is any; quick where there is none."""
-        for beginning in self._beginnings:
-            if beginning in text and self._pattern.search(text):
-                return True
-        return False
+        begins = any(two in text for two in self._beginnings)
+        return begins and self._pattern.search(text) is not None
 
 
 CHANGED = (
