@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
@@ -31,6 +32,7 @@ from tasks.outbox import (
     Outbox,
     Point,
     RefusedError,
+    Store,
     leftovers,
     open_outbox,
     take_over,
@@ -57,8 +59,8 @@ PAGE = 1000
 FLUSH_S = 30.0
 """So long the end of a run waits for the store to take its last points, and a start for those left over."""
 
-PROBE_S = 5.0
-"""In which a server has to answer before points are sent to it."""
+ANSWER_S = 30.0
+"""In which a server has to answer a batch of points."""
 
 NEVER = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """Codes of what is refused for good: the run is not in this store, or was deleted."""
@@ -182,7 +184,7 @@ def send_leftovers(uri: str) -> None:
             _warn_of_other_store(left.path, left.run_id, left.store)
             continue
         try:
-            outbox = take_over(left, _MlflowStore(uri if ours else left.store))
+            outbox = take_over(left, _store(uri if ours else left.store))
         except Exception as fault:
             log.warning("%s cannot be sent (%s); it is left as it is", left.path, fault)
             continue
@@ -301,7 +303,7 @@ def _outbox(run: Run) -> Outbox:
     key = (os.getpid(), run.id)
     with _opening:
         if key not in _outboxes:
-            _outboxes[key] = open_outbox(runs_dir() / "outbox", run.id, _MlflowStore(run.uri))
+            _outboxes[key] = open_outbox(runs_dir() / "outbox", run.id, _store(run.uri))
         return _outboxes[key]
 
 
@@ -317,8 +319,13 @@ def _warn_of_other_store(path: Path, run_id: str, store: str) -> None:
     )
 
 
-class _MlflowStore:
-    """The store as an outbox sees it; used by one thread, in which its client is made."""
+def _store(uri: str) -> Store:
+    """A store as an outbox sees it."""
+    return _Server(uri) if uri.startswith(("http://", "https://")) else _Database(uri)
+
+
+class _Database:
+    """Any store through MLflow's client, which is made in the thread that uses it."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
@@ -346,42 +353,86 @@ class _MlflowStore:
 
     @contextmanager
     def _reached(self) -> Iterator[MlflowClient]:
-        """A client of a store that answers; what goes wrong is told in a line without credentials."""
+        """The client, which would make an empty database in the place of one that is gone."""
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException, RestException
+        from mlflow.exceptions import MlflowException
 
-        try:
-            _probe(self._uri)
+        with _told_in_a_line(MlflowException):
+            if (database := _sqlite_file(self._uri)) and not database.exists():
+                raise FileNotFoundError(f"{database} is gone")
             self._client = self._client or MlflowClient(self._uri)
             yield self._client
-        except Exception as error:
-            # The page of some other server on that port is no answer of MLflow's.
-            told = isinstance(error, RestException if _is_http(self._uri) else MlflowException)
-            kind = RefusedError if told and getattr(error, "error_code", "") in NEVER else StepError
-            raise kind(CREDENTIALS.sub("://***@", _first_line(error))) from error
 
 
-def _probe(uri: str) -> None:
-    """Raise where a store is known not to answer.
+class _Server:
+    """A tracking server through MLflow's REST API, one try a call.
 
-    The client (mlflow 3.17) would retry for four minutes, still asleep when the server is long
-    back, and would make an empty database in the place of one that is gone.
+    The client (mlflow 3.17) tries for four minutes, asleep for up to two of them, and cannot be told not
+    to but for all calls of the process: its sleeps would outlast the outage and the end of the run.
     """
-    from mlflow.exceptions import MlflowException
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
 
-    if _is_http(uri):
-        credentials = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
-        once = {"max_retries": 0, "timeout": PROBE_S, "raise_on_status": False}
-        try:
-            answer = http_request(credentials, "/health", "GET", **once)  # type: ignore[no-untyped-call]
-        except MlflowException as error:
-            raise ConnectionError("it does not answer") from error
-        if answer.status_code >= 500:
-            raise ConnectionError(f"it answers {answer.status_code}")
-    elif (database := _sqlite_file(uri)) and not database.exists():
-        raise FileNotFoundError(f"{database} is gone")
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+
+    @property
+    def address(self) -> str:
+        return _address(self._uri)
+
+    def take_points(self, run_id: str, points: Sequence[Point]) -> None:
+        metrics = [
+            {
+                "key": point.name,
+                "value": _in_json(point.value),
+                "timestamp": point.time_ms,
+                "step": point.step,
+            }
+            for point in points
+        ]
+        self._call("POST", "log-batch", json={"run_id": run_id, "metrics": metrics})
+
+    def take_ending(self, run_id: str, ending: Ending) -> None:
+        stored = self._call("GET", "get", params={"run_id": run_id})["run"]["data"]
+        if {"key": PROCESS, "value": ending.process} not in stored.get("tags", []):
+            return  # another process has resumed it
+        if ending.error:
+            self._call("POST", "set-tag", json={"run_id": run_id, "key": ERROR, "value": ending.error})
+        how = {"status": ending.status, "end_time": ending.time_ms}
+        self._call("POST", "update", json={"run_id": run_id, **how})
+
+    def _call(self, method: str, name: str, **body: Mapping[str, Any]) -> Any:
+        from mlflow.exceptions import RestException
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import http_request, verify_rest_response
+
+        endpoint = f"/api/2.0/mlflow/runs/{name}"
+        how: dict[str, Any] = {"max_retries": 0, "timeout": ANSWER_S, "raise_on_status": False, **body}
+        # The page of some other server on that port is no answer of MLflow's, nor a RestException.
+        with _told_in_a_line(RestException):
+            credentials = get_default_host_creds(self._uri)  # type: ignore[no-untyped-call]
+            answer = http_request(credentials, endpoint, method, **how)  # type: ignore[no-untyped-call]
+            return verify_rest_response(answer, endpoint).json()
+
+
+def _in_json(value: float) -> float | str:
+    """As MLflow's REST API takes it."""
+    return (
+        value if math.isfinite(value) else {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
+    )
+
+
+@contextmanager
+def _told_in_a_line(answers: type[Exception]) -> Iterator[None]:
+    """Turn what goes wrong into `RefusedError` or `StepError`, a line without credentials.
+
+    Args:
+        answers: what a store raises that was reached; all else may pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        refused = isinstance(error, answers) and getattr(error, "error_code", "") in NEVER
+        kind = RefusedError if refused else StepError
+        raise kind(CREDENTIALS.sub("://***@", _first_line(error))) from error
 
 
 def _address(uri: str) -> str:
@@ -396,17 +447,16 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(path.partition("?")[0]) if found and scheme.startswith("sqlite") and path else None
 
 
-def _is_http(uri: str) -> bool:
-    return uri.startswith(("http://", "https://"))
-
-
 def _not_from_a_sender(record: logging.LogRecord) -> bool:
     """MLflow (3.17) logs the traceback of a locked database; the outbox says it in a line."""
     return not (record.threadName or "").startswith(SENDER)
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if line.startswith("API request to ") and " failed with exception " in line:
+        return line.rpartition(": ")[2].rstrip("\"')")  # of five nested messages the innermost says it
+    return line
 
 
 @dataclass(frozen=True)
