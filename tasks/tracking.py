@@ -63,7 +63,10 @@ ANSWER_S = 30.0
 """In which a server has to answer a batch of points."""
 
 NEVER = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""Codes of what is refused for good: the run is not in this store, or was deleted."""
+"""MLflow's codes of what is refused for good: the run is not in this store, or was deleted.
+
+The page of some other server on that port comes with none of them.
+"""
 
 _outboxes: dict[tuple[int, str], Outbox] = {}
 """By process and run. Not in `Run`, which Prefect copies and other processes are given."""
@@ -355,9 +358,8 @@ class _Database:
     def _reached(self) -> Iterator[MlflowClient]:
         """The client, which would make an empty database in the place of one that is gone."""
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
 
-        with _told_in_a_line(MlflowException):
+        with _told_in_a_line():
             if (database := _sqlite_file(self._uri)) and not database.exists():
                 raise FileNotFoundError(f"{database} is gone")
             self._client = self._client or MlflowClient(self._uri)
@@ -400,14 +402,12 @@ class _Server:
         self._call("POST", "update", json={"run_id": run_id, **how})
 
     def _call(self, method: str, name: str, **body: Mapping[str, Any]) -> Any:
-        from mlflow.exceptions import RestException
         from mlflow.utils.credentials import get_default_host_creds
         from mlflow.utils.rest_utils import http_request, verify_rest_response
 
         endpoint = f"/api/2.0/mlflow/runs/{name}"
         how: dict[str, Any] = {"max_retries": 0, "timeout": ANSWER_S, "raise_on_status": False, **body}
-        # The page of some other server on that port is no answer of MLflow's, nor a RestException.
-        with _told_in_a_line(RestException):
+        with _told_in_a_line():
             credentials = get_default_host_creds(self._uri)  # type: ignore[no-untyped-call]
             answer = http_request(credentials, endpoint, method, **how)  # type: ignore[no-untyped-call]
             return verify_rest_response(answer, endpoint).json()
@@ -415,23 +415,16 @@ class _Server:
 
 def _in_json(value: float) -> float | str:
     """As MLflow's REST API takes it."""
-    return (
-        value if math.isfinite(value) else {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
-    )
+    return value if math.isfinite(value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
 
 
 @contextmanager
-def _told_in_a_line(answers: type[Exception]) -> Iterator[None]:
-    """Turn what goes wrong into `RefusedError` or `StepError`, a line without credentials.
-
-    Args:
-        answers: what a store raises that was reached; all else may pass.
-    """
+def _told_in_a_line() -> Iterator[None]:
+    """Turn what goes wrong into `RefusedError` or `StepError`, a line without credentials."""
     try:
         yield
     except Exception as error:
-        refused = isinstance(error, answers) and getattr(error, "error_code", "") in NEVER
-        kind = RefusedError if refused else StepError
+        kind = RefusedError if getattr(error, "error_code", "") in NEVER else StepError
         raise kind(CREDENTIALS.sub("://***@", _first_line(error))) from error
 
 

@@ -261,6 +261,7 @@ def test_a_torn_last_line_is_cut_off_and_spoils_no_later_line(tmp_path: Path, sh
     path = abandon(tmp_path, [line(1), line(2), line(3)[:-cut]])
     outbox = open_outbox(tmp_path, "run", shelf)
     assert outbox.path == path
+    outbox.report(2, {"loss": 20.0})
     outbox.report(3, {"loss": 30.0})
     assert outbox.close(PATIENCE_S)
     assert shelf.points() == [(1, 1.0), (2, 2.0), (3, 30.0)]
@@ -350,10 +351,12 @@ def test_what_a_store_refuses_is_set_aside_once_and_training_goes_on(
     outbox = open_outbox(tmp_path, "run", shelf)
     outbox.report(1, {"loss": 1.0})
     until(lambda: list(tmp_path.glob("*.refused")))
+    shelf.fault = None
     outbox.report(2, {"loss": 2.0})
     assert outbox.close(PATIENCE_S)
     [aside] = tmp_path.glob("*.refused")
     assert [json.loads(each).get("step") for each in aside.open()] == [None, 1, 2]
+    assert not shelf.stored
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert f"refuses the points of run run (run 'run' not found): they stay in {aside}" in caplog.text
     assert leftovers(tmp_path) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import signal
@@ -10,10 +11,12 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +302,14 @@ def test_no_password_reaches_the_outbox_or_a_message(
     assert "secret" not in text + caplog.text
 
 
+def test_no_password_in_an_error_of_the_store_is_told() -> None:
+    with (
+        pytest.raises(StepError, match=r"^no route to http://\*\*\*@host$"),
+        tracking._told_in_a_line(),
+    ):
+        raise OSError("no route to http://me:secret@host\nand more")
+
+
 def test_what_needs_a_password_is_left_with_one_warning(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = leave(home, Run("0a1b", SECRET, "0"), [reported(1, 1.0)], "http://***@127.0.0.1:9")
     for _ in range(2):
@@ -410,6 +421,46 @@ def test_a_locked_database_loses_nothing(
     assert "Traceback" not in capfd.readouterr().err, "MLflow prints one after 20 s"
 
 
+@contextmanager
+def web_server(status: int, page: str) -> Iterator[str]:
+    """Something that answers everything with this page; its address."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{web.server_port}"
+        web.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "page", "suffix"),
+    [
+        (404, "<h1>Not found</h1>", ".jsonl"),
+        (400, "<h1>Bad request</h1>", ".jsonl"),
+        (503, '{"error_code": "RESOURCE_EXHAUSTED"}', ".jsonl"),
+        (403, '{"error_code": "PERMISSION_DENIED", "message": "no"}', ".jsonl"),
+        (404, '{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such run"}', ".refused"),
+    ],
+)
+def test_points_are_set_aside_only_when_mlflow_itself_says_that_the_run_is_not_there(
+    home: Path, status: int, page: str, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with web_server(status, page) as uri:
+        Run(f"run-{status}-{len(page)}", uri, "0").report(1, {"train_loss": 1.0})
+        until(lambda: caplog.records)
+    files = {path.suffix for path in (home / "outbox").glob("run-*")}
+    assert files - {".lock"} == {suffix}
+
+
 class Server:
     """A real MLflow server on loopback that can be killed and started again with the same runs."""
 
@@ -471,7 +522,7 @@ def test_a_server_that_is_killed_and_started_in_mid_training_has_every_point_onc
 
         def some(count: int) -> None:
             for step in (next(steps) for _ in range(count)):
-                run.report(step, {"train_loss": float(step), "grad_norm": 0.5})
+                run.report(step, {"train_loss": float(step), "grad_norm": math.nan if step % 2 else math.inf})
 
         some(500)
         until(lambda: run.client.get_metric_history(run.id, "train_loss"))
@@ -552,6 +603,31 @@ def test_after_kill_9_every_point_is_in_mlflow_exactly_once(home: Path) -> None:
         assert points[: len(steps)] == [(step, float(step)) for step in steps]
         assert len(points) <= len(steps) + 1, "one may have been reported and not said"
     assert not list((home / "outbox").glob("*.jsonl"))
+
+
+FORKED = """
+import os
+from tasks.config import Settings
+from tasks.tracking import mlflow_run
+
+with mlflow_run(Settings(), "a run", {}) as run:
+    run.report(1, {"train_loss": 1.0})
+    child = os.fork()
+    if not child:
+        run.report(2, {"train_loss": 2.0})
+        os._exit(0)
+    os.waitpid(child, 0)
+    run.report(3, {"train_loss": 3.0})
+    print(run.id)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "darwin", reason="forks are not safe there")
+def test_a_forked_process_reports_through_a_file_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(curve(done.stdout.strip())) == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 @pytest.mark.slow
