@@ -242,10 +242,11 @@ def search(
 def ui(config: Config | None = None, /, *, port: int = 5000) -> None:
     """Open the MLflow UI on this machine: runs, curves, comparisons, registered models."""
     from flows.ui import open_ui
-    from tasks.tracking import tracking_uri
+    from tasks.tracking import send_leftovers, tracking_uri
 
     uri = tracking_uri(_load(config, []).tracking)
     with _screen():
+        send_leftovers(uri)
         open_ui(port, uri)
 
 

@@ -1,30 +1,46 @@
 """The MLflow run of a finetune: opened and closed here, written to by run id from anywhere.
 
 One of the two places that import mlflow. Nothing uses MLflow's "active run": it is not visible in
-other threads, where metrics would silently go to a new run.
+other threads, where metrics would silently go to a new run. Metrics and the final status go through
+the run's outbox (tasks/outbox.py), so that training never waits for the store; all else, which comes
+before or after training, is a direct call.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.config import CREDENTIALS, Settings, TrackingSettings, flatten
+from tasks.errors import StepError
 from tasks.home import runs_dir
+from tasks.outbox import (
+    SENDER,
+    Ending,
+    Outbox,
+    Point,
+    RefusedError,
+    Store,
+    leftovers,
+    open_outbox,
+    take_over,
+)
 from tasks.publish import StepOutput
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
 
 log = logging.getLogger(__name__)
 
@@ -40,24 +56,31 @@ ERROR, PROCESS = "tunesmith.error", "tunesmith.process"
 PAGE = 1000
 """Runs asked for at once."""
 
-SEND_EVERY_S = 1.0
-"""Points are sent together: SQLite takes 200 single writes a second and 12,000 in batches."""
+FLUSH_S = 30.0
+"""So long the end of a run waits for the store to take its last points, and a start for those left over."""
+
+ANSWER_S = 30.0
+"""In which a server has to answer a batch of points."""
+
+NEVER = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow's codes of what is refused for good: the run is not in this store, or was deleted.
+
+The page of some other server on that port comes with none of them.
+"""
+
+_outboxes: dict[tuple[int, str], Outbox] = {}
+"""By process and run. Not in `Run`, which Prefect copies and other processes are given."""
+
+_opening = threading.Lock()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """A handle on one MLflow run, good in any process or thread.
-
-    Points given to `report` are sent in batches, at the latest by `flush`. A point that the run has
-    already is left out: a training that goes on reports its history from the beginning.
-    """
+    """A handle on one MLflow run, good in any process or thread."""
 
     id: str
     uri: str
     experiment_id: str
-    _points: list[Metric] = field(default_factory=list, repr=False)
-    _sent_at: float = field(default=0.0, repr=False)
-    _known: set[tuple[str, int]] = field(default_factory=set, repr=False)
 
     @property
     def client(self) -> MlflowClient:
@@ -67,23 +90,16 @@ class Run:
         return MlflowClient(self.uri)
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record figures at a step; has the form of `tasks.train.loop.Report`."""
-        from mlflow.entities import Metric
+        """Record figures at a step; has the form of `tasks.train.loop.Report`, and never waits.
 
-        now_ms = int(time.time() * 1000)
-        for name, value in metrics.items():
-            if (name, step) not in self._known:
-                self._known.add((name, step))
-                self._points.append(Metric(name, value, now_ms, step))
-        if time.monotonic() - self._sent_at > SEND_EVERY_S:
-            self.flush()
+        A point that the run has already is left out: a training that goes on reports its history from
+        the beginning.
+        """
+        _outbox(self).report(step, metrics)
 
-    def flush(self) -> None:
-        """Send what `report` has collected (MLflow takes 1,000 points a call)."""
-        for start in range(0, len(self._points), 1000):
-            self.client.log_batch(self.id, metrics=self._points[start : start + 1000])
-        self._points.clear()
-        self._sent_at = time.monotonic()
+    def flush(self) -> bool:
+        """Wait up to `FLUSH_S` until MLflow has all that was reported; whether it has."""
+        return _outbox(self).flush(FLUSH_S)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record parameters; MLflow refuses a value that differs from one logged before."""
@@ -151,8 +167,40 @@ def connect(settings: TrackingSettings) -> tuple[MlflowClient, str, str]:
 
     The address is `tracking.uri`, else `MLFLOW_TRACKING_URI`, else SQLite under `mlruns/` with the
     artifacts beside it. A fresh database is migrated by one process at a time: of six that
-    start together five crash otherwise (mlflow 3.17.2).
+    start together five crash otherwise (mlflow 3.17.2). What earlier processes could not send is sent first.
     """
+    client, uri, experiment_id = _connected(settings)
+    send_leftovers(uri)
+    return client, uri, experiment_id
+
+
+def send_leftovers(uri: str) -> None:
+    """Send what earlier processes could not; nothing of it may keep a new run from starting.
+
+    What belongs to this store, which has just answered, is waited for; what belongs to others is sent in
+    the background for as long as this process lives, since they may be down.
+    """
+    deadline = time.monotonic() + FLUSH_S
+    for left in leftovers(runs_dir() / "outbox"):
+        ours = left.store == _address(uri)
+        if not ours and CREDENTIALS.search(left.store):
+            _warn_of_other_store(left.path, left.run_id, left.store)
+            continue
+        try:
+            outbox = take_over(left, _store(uri if ours else left.store))
+        except Exception as fault:
+            log.warning("%s cannot be sent (%s); it is left as it is", left.path, fault)
+            continue
+        if outbox is None:
+            continue
+        log.info("sending what run %s left in %s", left.run_id, left.path)
+        if not ours:
+            outbox.close_later()
+        elif not outbox.close(max(0.0, deadline - time.monotonic())):
+            return
+
+
+def _connected(settings: TrackingSettings) -> tuple[MlflowClient, str, str]:
     from filelock import FileLock
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -194,10 +242,17 @@ def mlflow_run(
 ) -> Iterator[Run]:
     """Open a run with the settings as params; close it FINISHED, FAILED, or KILLED when interrupted.
 
-    With `resumed`, the id of a run of these settings that ended early, that run is opened again.
+    With `resumed`, the id of a run of these settings that ended early, that run is opened again. When
+    the store cannot be reached at the end, last points and status stay in the outbox.
+
+    Raises:
+        StepError: a direct call on the run failed in the store, and the store's client gave up.
     """
+    from mlflow.exceptions import MlflowException
+
     client, uri, experiment_id = connect(settings.tracking)
-    known = {"mlflow.source.name": "tunesmith", PROCESS: this_process(), **tags}
+    process = this_process()
+    known = {"mlflow.source.name": "tunesmith", PROCESS: process, **tags}
     if parent is not None:
         known["mlflow.parentRunId"] = parent.id
     if resumed:
@@ -206,7 +261,8 @@ def mlflow_run(
     else:
         opened = client.create_run(experiment_id, tags=known, run_name=name)
         run = Run(opened.info.run_id, uri, experiment_id)
-    status = "FINISHED"
+    outbox = _outbox(run)
+    status, fault = "FINISHED", None
     try:
         if not resumed:
             run.log_params(flatten(settings))
@@ -214,11 +270,15 @@ def mlflow_run(
     except BaseException as error:
         # Ctrl-C, exit and Prefect's termination signal are no Exceptions.
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        run.set_tags({ERROR: f"{type(error).__name__}: {error}"[:1000]})
+        fault = CREDENTIALS.sub("://***@", f"{type(error).__name__}: {error}"[:1000])
+        # In a nested run it stays as it is: a store that is down ends the search, not only a trial.
+        if isinstance(error, MlflowException) and parent is None:
+            raise StepError(_store_failed(uri, run.id, error)) from error
         raise
     finally:
-        run.flush()
-        client.set_terminated(run.id, status)
+        _outboxes.pop((os.getpid(), run.id), None)
+        outbox.end(Ending(status, int(time.time() * 1000), process, fault))
+        outbox.close(FLUSH_S)
 
 
 def _opened_again(client: MlflowClient, uri: str, run_id: str) -> Run:
@@ -226,11 +286,170 @@ def _opened_again(client: MlflowClient, uri: str, run_id: str) -> Run:
     stored = client.get_run(run_id)
     run = Run(run_id, uri, stored.info.experiment_id)
     for name in stored.data.metrics:
-        run._known |= {(name, point.step) for point in client.get_metric_history(run_id, name)}
+        _outbox(run).know((name, point.step) for point in client.get_metric_history(run_id, name))
     client.update_run(run_id, status="RUNNING")
     if ERROR in stored.data.tags:
         client.delete_tag(run_id, ERROR)
     return run
+
+
+def _store_failed(uri: str, run_id: str, error: Exception) -> str:
+    return (
+        f"MLflow at {_address(uri)} failed: {_first_line(error)}. Every step that was finished is kept under "
+        f"{runs_dir() / 'steps'}: when the store answers again, the same command takes them from there, "
+        f"and 'tunesmith resume {run_id}' goes on in the same run"
+    )
+
+
+def _outbox(run: Run) -> Outbox:
+    """The outbox through which this process reports to a run."""
+    key = (os.getpid(), run.id)
+    with _opening:
+        if key not in _outboxes:
+            _outboxes[key] = open_outbox(runs_dir() / "outbox", run.id, _store(run.uri))
+        return _outboxes[key]
+
+
+@cache
+def _warn_of_other_store(path: Path, run_id: str, store: str) -> None:
+    """Once a process."""
+    log.warning(
+        "points of run %s wait in %s for %s, whose password is not kept: the next command with that "
+        "store as MLFLOW_TRACKING_URI sends them",
+        run_id,
+        path,
+        store,
+    )
+
+
+def _store(uri: str) -> Store:
+    """A store as an outbox sees it."""
+    return _Server(uri) if uri.startswith(("http://", "https://")) else _Database(uri)
+
+
+class _Database:
+    """Any store through MLflow's client, which is made in the thread that uses it."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._client: MlflowClient | None = None
+        logging.getLogger("mlflow.store.db.utils").addFilter(_not_from_a_sender)
+
+    @property
+    def address(self) -> str:
+        return _address(self._uri)
+
+    def take_points(self, run_id: str, points: Sequence[Point]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(point.name, point.value, point.time_ms, point.step) for point in points]
+        with self._reached() as client:
+            client.log_batch(run_id, metrics=metrics)
+
+    def take_ending(self, run_id: str, ending: Ending) -> None:
+        with self._reached() as client:
+            if client.get_run(run_id).data.tags.get(PROCESS) != ending.process:
+                return  # another process has resumed it
+            if ending.error:
+                client.set_tag(run_id, ERROR, ending.error)
+            client.set_terminated(run_id, ending.status, ending.time_ms)
+
+    @contextmanager
+    def _reached(self) -> Iterator[MlflowClient]:
+        """The client, which would make an empty database in the place of one that is gone."""
+        from mlflow import MlflowClient
+
+        with _told_in_a_line():
+            if (database := _sqlite_file(self._uri)) and not database.exists():
+                raise FileNotFoundError(f"{database} is gone")
+            self._client = self._client or MlflowClient(self._uri)
+            yield self._client
+
+
+class _Server:
+    """A tracking server through MLflow's REST API, one try a call.
+
+    The client (mlflow 3.17) tries for four minutes, asleep for up to two of them, and cannot be told not
+    to but for all calls of the process: its sleeps would outlast the outage and the end of the run.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+
+    @property
+    def address(self) -> str:
+        return _address(self._uri)
+
+    def take_points(self, run_id: str, points: Sequence[Point]) -> None:
+        metrics = [
+            {
+                "key": point.name,
+                "value": _in_json(point.value),
+                "timestamp": point.time_ms,
+                "step": point.step,
+            }
+            for point in points
+        ]
+        self._call("POST", "log-batch", json={"run_id": run_id, "metrics": metrics})
+
+    def take_ending(self, run_id: str, ending: Ending) -> None:
+        stored = self._call("GET", "get", params={"run_id": run_id})["run"]["data"]
+        if {"key": PROCESS, "value": ending.process} not in stored.get("tags", []):
+            return  # another process has resumed it
+        if ending.error:
+            self._call("POST", "set-tag", json={"run_id": run_id, "key": ERROR, "value": ending.error})
+        how = {"status": ending.status, "end_time": ending.time_ms}
+        self._call("POST", "update", json={"run_id": run_id, **how})
+
+    def _call(self, method: str, name: str, **body: Mapping[str, Any]) -> Any:
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import http_request, verify_rest_response
+
+        endpoint = f"/api/2.0/mlflow/runs/{name}"
+        how: dict[str, Any] = {"max_retries": 0, "timeout": ANSWER_S, "raise_on_status": False, **body}
+        with _told_in_a_line():
+            credentials = get_default_host_creds(self._uri)  # type: ignore[no-untyped-call]
+            answer = http_request(credentials, endpoint, method, **how)  # type: ignore[no-untyped-call]
+            return verify_rest_response(answer, endpoint).json()
+
+
+def _in_json(value: float) -> float | str:
+    """As MLflow's REST API takes it."""
+    return value if math.isfinite(value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+
+
+@contextmanager
+def _told_in_a_line() -> Iterator[None]:
+    """Turn what goes wrong into `RefusedError` or `StepError`, a line without credentials."""
+    try:
+        yield
+    except Exception as error:
+        kind = RefusedError if getattr(error, "error_code", "") in NEVER else StepError
+        raise kind(CREDENTIALS.sub("://***@", _first_line(error))) from error
+
+
+def _address(uri: str) -> str:
+    """What a store is known by: its URI without credentials, and the same from any working directory."""
+    if database := _sqlite_file(uri):
+        return f"sqlite:///{database.resolve()}"
+    return CREDENTIALS.sub("://***@", uri).rstrip("/")
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    scheme, found, path = uri.partition(":///")
+    return Path(path.partition("?")[0]) if found and scheme.startswith("sqlite") and path else None
+
+
+def _not_from_a_sender(record: logging.LogRecord) -> bool:
+    """MLflow (3.17) logs the traceback of a locked database; the outbox says it in a line."""
+    return not (record.threadName or "").startswith(SENDER)
+
+
+def _first_line(error: Exception) -> str:
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if line.startswith("API request to ") and " failed with exception " in line:
+        return line.rpartition(": ")[2].rstrip("\"')")  # of five nested messages the innermost says it
+    return line
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -15,10 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows.cli import run
 from flows.server import free_port
 from flows.ui import open_ui
+from tasks.config import TrackingSettings
 from tasks.errors import StepError
 from tasks.home import CHECKOUT
+from tasks.tracking import connect
 
 # A shell's background job ignores Ctrl-C; the process tested must not inherit that.
 OPEN = """
@@ -80,3 +84,22 @@ def test_a_store_that_cannot_be_opened_is_explained(tmp_path: Path, monkeypatch:
 def test_a_tracking_server_is_only_pointed_at(capsys: pytest.CaptureFixture[str]) -> None:
     open_ui(uri="http://127.0.0.1:9")
     assert "http://127.0.0.1:9" in capsys.readouterr().out
+
+
+def test_the_ui_shows_what_an_earlier_process_could_not_send(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, uri, experiment = connect(TrackingSettings())
+    stored = client.create_run(experiment).info.run_id
+    left = [
+        {"run": stored, "store": uri},
+        {"time_ms": 1000, "step": 1, "metrics": {"train_loss": 1.0}},
+    ]
+    (home / "outbox").mkdir()
+    (home / "outbox" / f"{stored}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in left))
+    shown: list[float] = []
+    monkeypatch.setattr(
+        "flows.ui.open_ui", lambda *_: shown.append(client.get_run(stored).data.metrics["train_loss"])
+    )
+    assert run(["ui"]) == 0
+    assert shown == [1.0]
