@@ -25,7 +25,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,11 +125,8 @@ def open_outbox(folder: Path, run_id: str, store: Store) -> Outbox:
 
     Another process that reports to the same run holds the first file; this one then has a second.
     """
-    for number in count(1):
-        name = f"{run_id}.jsonl" if number == 1 else f"{run_id}.{number}.jsonl"
-        if outbox := _claimed(folder / name, run_id, store):
-            return outbox
-    raise AssertionError
+    names = chain([f"{run_id}.jsonl"], (f"{run_id}.{number}.jsonl" for number in count(2)))
+    return next(filter(None, (_claimed(folder / name, run_id, store) for name in names)))
 
 
 def leftovers(folder: Path) -> list[Leftover]:
@@ -213,8 +210,8 @@ class Outbox:
             self._closing = True
             self._hurry(wait_s)
         self._thread.join(wait_s)
-        if sent := not self._thread.is_alive():
-            return sent
+        if not self._thread.is_alive():
+            return True
         log.warning(
             "MLflow at %s has not taken all of run %s within %.0f s: the rest waits in %s, and the next "
             "'tunesmith' command that uses MLflow sends it",
@@ -223,7 +220,7 @@ class Outbox:
             wait_s,
             self.path,
         )
-        return sent
+        return False
 
     def close_later(self) -> None:
         """Remove the file when the store has everything, without waiting for that."""
