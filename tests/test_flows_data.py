@@ -14,7 +14,7 @@ from data_reports import HOSTILE, sample_report, write_prepared
 from rich.console import Console
 
 from flows import data
-from flows.cli import QUICKSTART, app, run
+from flows.cli import app, run
 from flows.data import (
     check_out,
     check_page,
@@ -25,6 +25,7 @@ from flows.data import (
     put_back,
 )
 from flows.tables import print_data_report
+from flows.verbs.frame import QUICKSTART
 from tasks.config import DataSettings, load_settings
 from tasks.errors import InputError, StepError
 from tasks.models.folder import ModelFolder
