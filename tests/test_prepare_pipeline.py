@@ -381,6 +381,16 @@ def test_bad_rows_end_the_preparation_or_are_passed_over(tmp_path: Path, model: 
     assert {kind: reason["rows"] for kind, reason in reasons.items()} == {"json": 1, "format": 1}
 
 
+def test_a_refusal_for_two_reasons_names_both_settings(tmp_path: Path, model: ModelFolder) -> None:
+    source = Path(write(tmp_path / "rows.jsonl", [*numbered(20), ("word " * 200, "short")]))
+    source.write_text(source.read_text() + '{"prompt": ""\n')
+    data = DataSettings(source=str(source), max_seq_length=100, on_long_row="error")
+    with pytest.raises(InputError, match=r"rows: data.on_bad_row=skip data.on_long_row=drop$"):
+        prepare_data(data, model)
+    lenient = data.model_copy(update={"on_bad_row": "skip", "on_long_row": "drop"})
+    assert len(rejected(prepare_data(lenient, model))) == 2
+
+
 def test_texts_are_learnt_whole_and_mlx_lm_takes_them(tmp_path: Path, model: ModelFolder) -> None:
     from mlx_lm.tuner.datasets import load_local_dataset
 

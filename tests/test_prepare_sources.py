@@ -25,7 +25,7 @@ from tasks.prepare.files import split_of
 from tasks.prepare.formats import FORMATS, Forms
 from tasks.prepare.hub import hub_inputs, read_hub
 from tasks.prepare.rows import Messages, Note, Row
-from tasks.prepare.sources import READERS, check_source, read_source, source_inputs, source_size_bytes
+from tasks.prepare.sources import READERS, check_source, read_source, source_inputs
 from tasks.prepare.strict_json import StrictJson
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
@@ -408,15 +408,6 @@ def test_a_folder_is_known_by_what_is_read_of_it(tmp_path: Path) -> None:
     assert source_inputs(data(here)) == source_inputs(data(there))
     (there / "test.jsonl").rename(there / "valid.jsonl")
     assert source_inputs(data(here)) != source_inputs(data(there))
-
-
-def test_the_size_of_a_source_is_that_of_the_files_read(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "rows", "train.jsonl", "test.jsonl", "extra.jsonl")
-    sizes = [(folder / name).stat().st_size for name in ("train.jsonl", "test.jsonl")]
-    assert source_size_bytes(data(folder)) == sum(sizes)
-    assert source_size_bytes(data(folder / "train.jsonl")) == sizes[0]
-    assert source_size_bytes(data("stdlib")) is None
-    assert source_size_bytes(data("somebody/something")) is None
 
 
 def test_the_built_in_rows_carry_no_split() -> None:

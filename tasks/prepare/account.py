@@ -12,11 +12,11 @@ from typing import Any
 from tasks.config import DataSettings
 from tasks.errors import InputError
 from tasks.prepare.chats import json_line
+from tasks.prepare.files import LONGEST_TEXT
 from tasks.prepare.rows import DUPLICATES, FAULTS, NOTES, REASONS, Note, Row, Stream, Unused
 
 EXAMPLES, NOTES_KEPT = 5, 20
 REFUSED_SHOWN = 10
-TEXT_SHOWN_CHARS = 2000
 REJECTED_FILE = "rejected.jsonl"
 
 
@@ -120,7 +120,7 @@ class Account:
         for one in self.examples[kind]:
             example = {"file": one.file, "line": one.line, "detail": one.detail}
             if isinstance(one, Unused):
-                example["text"] = one.text[:TEXT_SHOWN_CHARS]
+                example["text"] = one.text[:LONGEST_TEXT]
             shown.append(example)
         return shown
 
@@ -131,8 +131,8 @@ class Account:
             lines.append(f"{place}, line {one.line}: {one.detail}")
         if more := self.refusals - len(self.refused):
             lines.append(f"{source}: and {more} more bad row{'s' * (more > 1)}")
-        long = all(one.kind == "too_long" for one in self.refused)
-        setting = "data.on_long_row=drop" if long else "data.on_bad_row=skip"
+        long = self.reasons["too_long"] if self.data.on_long_row == "error" else 0
+        settings = ["data.on_bad_row=skip"] * (self.refusals > long) + ["data.on_long_row=drop"] * (long > 0)
         rest = self.read - self.refusals
-        lines.append(f"mend them, or go on with the other {rest:,} rows: {setting}")
+        lines.append(f"mend them, or go on with the other {rest:,} rows: {' '.join(settings)}")
         return "\n".join(lines)

@@ -23,7 +23,7 @@ BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Part:
+class EncodedPart:
     """A part of the stream: its rows that are used, and the others.
 
     Attributes:
@@ -53,7 +53,7 @@ class _Candidate:
         self.unused = Unused.of(self.source, kind, detail)
 
 
-def encoded_parts(stream: Stream, encoder: ChatEncoder, data: DataSettings) -> Iterator[Part]:
+def encoded_parts(stream: Stream, encoder: ChatEncoder, data: DataSettings) -> Iterator[EncodedPart]:
     """The stream in parts, in its order, its rows encoded as the settings say."""
     with ThreadPoolExecutor(1, "tokenizer") as tokenizer:
         waiting = None
@@ -91,7 +91,7 @@ def _finish(
     encoded: Encoded,
     encoder: ChatEncoder,
     data: DataSettings,
-) -> Part:
+) -> EncodedPart:
     rows = [one for one in candidates if one.unused is None]
     notes = [item for item in items if isinstance(item, Note)]
     if rows:
@@ -107,16 +107,14 @@ def _finish(
     unused += [(one.place, one.unused) for one in candidates if one.unused is not None]
     unused.sort(key=lambda pair: pair[0])
     sources = [one.source for one in rows]
-    return Part(sources, [one.row for one in rows], encoded, [one for _, one in unused], notes)
+    return EncodedPart(sources, [one.row for one in rows], encoded, [one for _, one in unused], notes)
 
 
 def _check_lengths(
     rows: Sequence[_Candidate], encoded: Encoded, encoder: ChatEncoder, data: DataSettings
 ) -> None:
     """Reject rows that are too long or teach nothing; replace those whose prompts may be cut."""
-    starts = np.cumsum(encoded.lengths) - encoded.lengths
-    learnt = np.add.reduceat(encoded.supervised, starts, dtype=np.int64)
-    limit = data.max_seq_length
+    learnt, limit = encoded.supervised_counts, data.max_seq_length
     for index in np.flatnonzero((encoded.lengths > limit) | (learnt == 0)).tolist():
         one, length = rows[index], int(encoded.lengths[index])
         if learnt[index] == 0:

@@ -99,13 +99,6 @@ def source_inputs(data: DataSettings) -> dict[str, Any]:
     return {"files": contents, "not_read": [note.detail for note in notes]}
 
 
-def source_size_bytes(data: DataSettings) -> int | None:
-    """How many bytes of files will be read; None where the source is not in files of ours."""
-    if data.source == BUILT_IN or _is_hub(data):
-        return None
-    return sum(file.path.stat().st_size for file in _files(data)[0])
-
-
 def _is_hub(data: DataSettings) -> bool:
     """Whether no such path is there, and the name can be that of a hub dataset.
 

@@ -56,9 +56,21 @@ class TokenRows:
         """(rows,) tokens in each row."""
         return np.diff(self.offsets)
 
-    def most_supervised(self) -> int:
-        """Supervised tokens in the row that has most of them."""
-        return int(np.add.reduceat(self.supervised, self.offsets[:-1], dtype=np.int64).max())
+    @property
+    def supervised_counts(self) -> NDArray[np.int64]:
+        """(rows,) supervised tokens in each row."""
+        before = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
+        return before[self.offsets[1:]] - before[self.offsets[:-1]]  # type: ignore[no-any-return]
+
+    def padded(self, indices: NDArray[np.int64], length: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Token ids and supervision of some rows, (rows, length) each, filled with zeros on the right."""
+        tokens = np.zeros((len(indices), length), np.int32)
+        supervised = np.zeros((len(indices), length), np.bool_)
+        for place, index in enumerate(indices):
+            ids, mask = self.row(int(index))
+            tokens[place, : len(ids)] = ids
+            supervised[place, : len(ids)] = mask
+        return tokens, supervised
 
     def first(self, count: int) -> TokenRows:
         """The first `count` rows, or all when there are fewer."""

@@ -92,8 +92,7 @@ class Spool:
         self._files["tokens"].write(encoded.tokens.tobytes())
         self._files["supervised"].write(encoded.supervised.tobytes())
         self._lengths.extend(encoded.lengths.tolist())
-        starts = np.cumsum(encoded.lengths) - encoded.lengths
-        self._supervised.extend(np.add.reduceat(encoded.supervised, starts, dtype=np.int64).tolist())
+        self._supervised.extend(encoded.supervised_counts.tolist())
 
     def deal(self, splits: NDArray[np.int8], samples: int) -> Dealt:
         """Write the splits' rows and tokens; say what they are."""

@@ -97,6 +97,12 @@ class Encoded:
         tokens = np.repeat(keep, self.lengths)
         return Encoded(self.tokens[tokens], self.supervised[tokens], self.lengths[keep])
 
+    @property
+    def supervised_counts(self) -> NDArray[np.int64]:
+        """(rows,) supervised tokens in each row, none of which is empty."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        return np.add.reduceat(self.supervised, starts, dtype=np.int64)
+
     def rows(self) -> Iterator[TokenRow]:
         """Token ids and supervision of each row."""
         ends = np.cumsum(self.lengths).tolist()

@@ -96,7 +96,7 @@ def update_groups(
 
     A group never crosses the border of an epoch: the last one of an epoch may hold fewer batches.
     """
-    teaching = np.flatnonzero(_supervised_tokens(rows))
+    teaching = np.flatnonzero(rows.supervised_counts)
     lengths = rows.lengths[teaching]
     while True:
         order = epoch_batches(lengths, batch_size, seed, epoch)
@@ -110,7 +110,7 @@ def update_groups(
 
 def updates_per_epoch(rows: TokenRows, batch_size: int, accumulation_steps: int) -> int:
     """Updates in one epoch; the pools are whole batches, so only the last batch can be smaller."""
-    teaching = int(np.count_nonzero(_supervised_tokens(rows)))
+    teaching = int(np.count_nonzero(rows.supervised_counts))
     return math.ceil(math.ceil(teaching / batch_size) / accumulation_steps)
 
 
@@ -124,23 +124,12 @@ def sorted_batches(rows: TokenRows, batch_size: int) -> Iterator[Batch]:
 def collate(rows: TokenRows, indices: NDArray[np.int64]) -> Batch:
     """Pad the given rows to the longest of them."""
     longest = max(int(rows.lengths[indices].max()), 2)
-    tokens = np.zeros((len(indices), longest), dtype=np.int32)
-    supervised = np.zeros((len(indices), longest), dtype=np.bool_)
-    for place, index in enumerate(indices):
-        row, mask = rows.row(int(index))
-        tokens[place, : len(row)] = row
-        supervised[place, : len(row)] = mask
+    tokens, supervised = rows.padded(indices, longest)
     positions = np.flatnonzero(supervised[:, 1:])
     return Batch(
         inputs=mx.array(tokens[:, :-1]),
         positions=mx.array(positions.astype(np.int32)),
         targets=mx.array(tokens[:, 1:].reshape(-1)[positions]),
         rows=indices,
-        hidden=rows.padded(indices, longest - 1) if isinstance(rows, PrefixedRows) else None,
+        hidden=rows.padded_hidden(indices, longest - 1) if isinstance(rows, PrefixedRows) else None,
     )
-
-
-def _supervised_tokens(rows: TokenRows) -> NDArray[np.int64]:
-    """(rows,) supervised tokens in each row."""
-    before = np.concatenate([[0], np.cumsum(rows.supervised, dtype=np.int64)])
-    return before[rows.offsets[1:]] - before[rows.offsets[:-1]]  # type: ignore[no-any-return]

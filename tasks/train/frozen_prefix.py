@@ -19,6 +19,7 @@ from tasks.config import TrainSettings
 from tasks.home import cache_dir
 from tasks.prepare.splits import TokenRows
 from tasks.train.batches import collate, updates_per_epoch
+from tasks.train.evaluating import evaluating
 from tasks.train.prefix_cache import PrefixedRows, cache_bytes, open_prefixes
 from tasks.train.substitution import inject, put_back, replace_prefix
 from tasks.train.supervised import log_probabilities, supervised_logits
@@ -108,22 +109,18 @@ def _check_disk(needed_bytes: int, settings: TrainSettings) -> None:
 
 def _take_out(model: nn.Module, depth: int, rows: PrefixedRows) -> float | None:
     """Replace the frozen layers if that changes nothing; else leave them, and say by how much it would."""
-    teaching = np.flatnonzero(np.add.reduceat(rows.supervised, rows.offsets[:-1], dtype=np.int64))
-    batch = collate(rows, teaching[:PROBE_ROWS])
-    training = model.training
-    model.eval()
-    plain = log_probabilities(supervised_logits(model, batch.inputs, batch.positions))
-    taken = replace_prefix(model, depth)
-    try:
-        if batch.hidden is not None:
-            inject(model, batch.hidden)
-        injected = log_probabilities(supervised_logits(model, batch.inputs, batch.positions))
-        difference = float(mx.abs(plain - injected).max())
-    except BaseException:
-        put_back(model, taken)
-        raise
-    finally:
-        model.train(training)
+    batch = collate(rows, np.flatnonzero(rows.supervised_counts)[:PROBE_ROWS])
+    with evaluating(model):
+        plain = log_probabilities(supervised_logits(model, batch.inputs, batch.positions))
+        taken = replace_prefix(model, depth)
+        try:
+            if batch.hidden is not None:
+                inject(model, batch.hidden)
+            injected = log_probabilities(supervised_logits(model, batch.inputs, batch.positions))
+            difference = float(mx.abs(plain - injected).max())
+        except BaseException:
+            put_back(model, taken)
+            raise
     if difference <= TOLERANCES[rows.dtype]:
         return None
     put_back(model, taken)

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from tasks.prepare.splits import TokenRows
 from tasks.progress import progress
 from tasks.train.batches import Batch, sorted_batches
+from tasks.train.evaluating import evaluating
 from tasks.train.substitution import inject
 from tasks.train.supervised import supervised_logits
 
@@ -38,10 +39,8 @@ def mean_loss(
     Args:
         cancelled: asked before each batch; once it says yes, the work ends and the result is NaN.
     """
-    training = model.training
-    model.eval()
     total, count = 0.0, 0
-    with progress(title, total=len(rows)) as bar:
+    with progress(title, total=len(rows)) as bar, evaluating(model):
         for batch in sorted_batches(rows, batch_size):
             if cancelled():
                 total = math.nan
@@ -51,5 +50,4 @@ def mean_loss(
                 total += float(loss) * batch.supervised_tokens
                 count += batch.supervised_tokens
             bar.advance(len(batch.rows))
-    model.train(training)
     return total / count if count else math.nan

@@ -48,7 +48,7 @@ def estimate_memory(settings: TrainSettings, model: ModelFolder, data: StepOutpu
     heads = config["num_attention_heads"]
     splits = load_splits(data.path)
     longest = max(int(splits[name].lengths.max()) for name in ("train", "valid"))
-    supervised = max(splits[name].most_supervised() for name in ("train", "valid"))
+    supervised = max(int(splits[name].supervised_counts.max()) for name in ("train", "valid"))
     tokens = settings.batch_size * longest
     adapted = layers if settings.num_layers == -1 else min(settings.num_layers, layers)
     if settings.method == "soft-prompt":  # the gradient goes through all layers to the input

@@ -31,6 +31,7 @@ from tasks.home import cache_dir
 from tasks.prepare.splits import TokenRows
 from tasks.progress import progress
 from tasks.publish import fingerprint, publishing, write_json
+from tasks.train.evaluating import evaluating
 from tasks.train.substitution import layers_of, listening
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class PrefixedRows(TokenRows):
             rows.tokens, rows.offsets, rows.supervised, self.hidden[: len(rows.tokens)], self.dtype
         )
 
-    def padded(self, indices: NDArray[np.int64], length: int) -> mx.array:
+    def padded_hidden(self, indices: NDArray[np.int64], length: int) -> mx.array:
         """(rows, length, hidden) of some rows, cut or padded with zeros on the right to `length`."""
         values = np.zeros((len(indices), length, self.hidden.shape[1]), self.hidden.dtype)
         for place, index in enumerate(indices):
@@ -170,11 +171,14 @@ def _record(
         depth: np.memmap(draft / f"{name}.hidden", stored, "w+", shape=shape)
         for depth, draft in drafts.items()
     }
-    training = model.training
-    model.eval()
-    with progress(f"frozen layers, {name}", total=len(rows)) as bar, listening(model, list(drafts)) as heard:
+    with (
+        progress(f"frozen layers, {name}", total=len(rows)) as bar,
+        evaluating(model),
+        listening(model, list(drafts)) as heard,
+    ):
         for batch in length_batches(rows.lengths, BATCH_TOKENS):
-            model(mx.array(_padded(rows, batch)))
+            tokens, _ = rows.padded(batch, int(rows.lengths[batch].max()))
+            model(mx.array(tokens))
             mx.eval(*heard.values())
             for depth, hidden in heard.items():
                 values = as_numpy(hidden)  # (batch, length, hidden)
@@ -183,17 +187,8 @@ def _record(
                     maps[depth][start:stop] = values[place, : stop - start]
             heard.clear()
             bar.advance(len(batch))
-    model.train(training)
     for array in maps.values():
         array.flush()
-
-
-def _padded(rows: TokenRows, batch: NDArray[np.int64]) -> NDArray[np.int32]:
-    ids = np.zeros((len(batch), int(rows.lengths[batch].max())), np.int32)
-    for place, row in enumerate(batch):
-        tokens, _ = rows.row(int(row))
-        ids[place, : len(tokens)] = tokens
-    return ids
 
 
 def as_numpy(array: mx.array) -> NDArray[Any]:

@@ -15,6 +15,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from tasks.train.evaluating import evaluating
+
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-2
@@ -78,19 +80,16 @@ def _gathering(inner: nn.Module, positions: mx.array) -> Iterator[None]:
 
 def _gathering_is_exact(model: nn.Module, inputs: mx.array) -> bool:
     """Compare both ways at every third position, in evaluation mode so that dropout cannot differ."""
-    training = model.training
     positions = mx.arange(0, inputs.size, 3)
-    model.eval()
     try:
-        plain = log_probabilities(_plain(model, inputs, positions))
-        gathered = log_probabilities(_gathered(model, inputs, positions))
+        with evaluating(model):
+            plain = log_probabilities(_plain(model, inputs, positions))
+            gathered = log_probabilities(_gathered(model, inputs, positions))
         if plain.shape == gathered.shape and float(mx.abs(plain - gathered).max()) <= TOLERANCE:
             return True
         reason = "its logits differ"
     except (AttributeError, TypeError, ValueError, IndexError) as error:
         reason = str(error)
-    finally:
-        model.train(training)
     log.warning(
         "%s: logits cannot be computed at supervised positions only (%s); training is slower",
         type(model).__module__,
