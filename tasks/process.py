@@ -6,6 +6,7 @@ import ctypes
 import ctypes.util
 import os
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +27,10 @@ QUIET = {
     # Pickles are never read (MLflow's default is to read them).
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
 }
+
+
+MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt(3)."""
 
 
 @cache
@@ -58,6 +63,23 @@ def load_blas() -> str | None:
             continue
         return name
     return None
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed for the next array, in a process that computes on the CPU.
+
+    By default it gives each large block back to the system and gets the next one as fresh pages, which
+    the kernel has to clear: for arrays over 4 MB that costs up to five times what their arithmetic
+    does. MLX keeps a cache of its own on GPUs, but none on the CPU (0.32.4). Does nothing where the C
+    library is not glibc.
+    """
+    if sys.platform != "linux":
+        return
+    with suppress(OSError, AttributeError):
+        adjust = ctypes.CDLL(None).mallopt
+        adjust(MALLOC_MMAP_MAX, 0)
+        adjust(MALLOC_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def needs_blas() -> bool:

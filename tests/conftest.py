@@ -75,6 +75,19 @@ def tiny_network(kind: str = "llama", bits: int | None = None, dtype: str = "flo
 
 
 @pytest.fixture(autouse=True)
+def interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """MLX without its compiler, which on a CPU is a C++ compiler; with it where a test is marked `compiled`."""
+    import mlx.core as mx
+
+    if "compiled" in request.keywords:
+        mx.enable_compile()
+    else:
+        mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A runs folder and a cache that no other test sees."""
     folder = tmp_path_factory.mktemp("home")

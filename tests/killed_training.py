@@ -43,6 +43,7 @@ from tasks.train.checkpoints import (
 )
 from tasks.train.loop import fit
 from tasks.train.state import Training
+from tasks.train.update import Updates
 
 STEPS = 12
 SETTINGS = {
@@ -118,8 +119,8 @@ def watch(kill_at: int | None) -> Points:
     points.around(os, "replace")
     points.watch_removal()
     points.around(loop, "mean_loss")
-    points.around(loop, "update")
-    points.around(loop, "accumulated_gradient")
+    points.around(Updates, "launch")
+    points.around(Updates, "gradient")
     points.around(optim.AdamW, "update")
     return points
 

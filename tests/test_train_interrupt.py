@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,11 @@ from test_train_loop import tiny_network
 
 from tasks.prepare.splits import TokenRows
 from tasks.train import loop
+from tasks.train.batches import Batch
 from tasks.train.checkpoints import Checkpoints
 from tasks.train.interrupt import PutOffSignals
 from tasks.train.loop import fit
+from tasks.train.update import Updates
 
 
 def exit_with(number: int, frame: object) -> None:
@@ -46,15 +48,15 @@ def test_a_signal_in_the_middle_of_a_step_lets_it_finish_and_saves_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = settings_of(steps_per_save=None)
-    plain = loop.accumulated_gradient
+    plain = Updates.gradient
     saved = Checkpoints(tmp_path / "run", settings)
 
-    def interrupted(model: object, batches: object, step: int, given: object) -> object:
+    def interrupted(updates: Updates, batches: Sequence[Batch], step: int) -> object:
         if step == 6:
             os.kill(os.getpid(), number)
-        return plain(model, batches, step, given)  # type: ignore[arg-type]
+        return plain(updates, batches, step)
 
-    monkeypatch.setattr(loop, "accumulated_gradient", interrupted)
+    monkeypatch.setattr(Updates, "gradient", interrupted)
     with pytest.raises(error):
         fit(tiny_network(settings), token_rows, token_rows, settings, lambda *_: None, saved)
     found = saved.newest()

@@ -127,7 +127,7 @@ def test_the_points_cover_steps_writes_syncs_renames_and_removals(
 ) -> None:
     for points in uninterrupted[1].values():
         kinds = set(points)
-        for name in ("fsync", "rename", "save_safetensors", "write_text", "update", "accumulated_gradient"):
+        for name in ("fsync", "rename", "save_safetensors", "write_text", "launch", "gradient", "update"):
             assert {f"before {name}", f"after {name}"} <= kinds
         assert {"in save_safetensors", "in write_text", "in rmtree", "after mean_loss"} <= kinds
         assert {points[number - 1] for number in choose(points, POINTS // 2, SEED)} == kinds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from mlx_lm.tuner.trainer import default_loss
 from tasks.config import TrainSettings
 from tasks.errors import InputError, StepError
 from tasks.prepare.splits import TokenRows
-from tasks.train import loop
 from tasks.train.adapters import (
     adapter_config,
     adapter_weights,
@@ -28,13 +28,14 @@ from tasks.train.adapters import (
     load_adapter,
     save_adapter,
 )
-from tasks.train.batches import Batch, collate, update_groups, updates_per_epoch
+from tasks.train.batches import collate, update_groups, updates_per_epoch
 from tasks.train.checkpoints import Checkpoints
-from tasks.train.loop import accumulated_gradient, dropout_seed, fit, total_steps, update
+from tasks.train.loop import fit, total_steps
 from tasks.train.loss import batch_loss, mean_loss
 from tasks.train.optimizers import make_optimizer, optimizer_state
 from tasks.train.schedules import learning_rate_at
 from tasks.train.state import Training
+from tasks.train.update import Updates, dropout_seed
 
 
 def tiny_network(settings: TrainSettings | None = None) -> Model:
@@ -145,15 +146,11 @@ def test_of_a_group_only_the_rows_of_the_broken_batch_are_named(token_rows: Toke
     settings = TrainSettings(num_layers=2, batch_size=1, accumulation_steps=4)
     network = tiny_network(settings)
     [group] = islice(update_groups(token_rows, 1, 4, seed=0), 1)
-    plain = batch_loss
-
-    def broken(model: nn.Module, batch: Batch) -> mx.array:
-        return plain(model, batch) * (math.nan if batch is group.batches[2] else 1.0)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "batch_loss", broken)
-        with pytest.raises(StepError, match=rf"rows \[{group.batches[2].rows.item()}\]"):
-            update(network, optim.SGD(1.0), group.batches, 1, 10, settings)
+    third = group.batches[2]
+    group.batches[2] = replace(third, weights=third.weights * math.nan)
+    launched = Updates(network, optim.SGD(1.0), settings, 10).launch(group.batches, 1)
+    with pytest.raises(StepError, match=rf"rows \[{third.rows.item()}\]"):
+        launched.figures()
 
 
 def test_weights_that_overflow_in_the_update_stop_the_run_although_loss_and_gradient_were_finite(
@@ -165,8 +162,10 @@ def test_weights_that_overflow_in_the_update_stop_the_run_although_loss_and_grad
 
     settings = TrainSettings(num_layers=2)
     [group] = islice(update_groups(token_rows, 4, 1, seed=0), 1)
+    network = tiny_network(settings)
+    updates = Updates(network, Overflowing(1.0), settings, 10)
     with pytest.raises(StepError, match="step 1: weights that are not finite"):
-        update(tiny_network(settings), Overflowing(1.0), group.batches, 1, 10, settings)
+        updates.launch(group.batches, 1).figures()
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(token_rows: TokenRows) -> None:
@@ -200,13 +199,14 @@ def test_an_accumulated_gradient_equals_that_of_one_big_batch(
         [(n, mx.full(a.shape, 0.02)) for n, a in adapter_weights(network).items() if n.endswith("lora_b")],
         strict=False,
     )
+    updates = Updates(network, optim.SGD(1.0), settings, 10)
     per_epoch = updates_per_epoch(token_rows, 2, accumulation_steps)
     for group in islice(update_groups(token_rows, 2, accumulation_steps, seed=0), per_epoch):
         whole = collate(token_rows, np.concatenate([batch.rows for batch in group.batches]))
-        losses, parts = accumulated_gradient(network, group.batches, 1, settings)
-        [loss], gradient = accumulated_gradient(network, [whole], 1, settings)
-        assert sum(losses) == pytest.approx(loss, rel=1e-6)
-        assert loss == pytest.approx(batch_loss(network, whole).item(), rel=1e-6)
+        losses, parts = updates.gradient(group.batches, 1)
+        [loss], gradient = updates.gradient([whole], 1)
+        assert float(sum(losses)) == pytest.approx(float(loss), rel=1e-6)
+        assert float(loss) == pytest.approx(batch_loss(network, whole).item(), rel=1e-6)
         for (name, ours), (_, theirs) in zip(tree_flatten(parts), tree_flatten(gradient), strict=True):
             difference = np.abs(np.array(ours) - np.array(theirs)).max()
             assert difference <= 1e-5 * np.abs(np.array(theirs)).max(), name
@@ -225,7 +225,7 @@ def test_without_a_limit_the_gradient_is_not_clipped(token_rows: TokenRows) -> N
         network = tiny_network(settings)
         before = adapter_weights(network)
         [group] = islice(update_groups(token_rows, 4, 1, seed=0), 1)
-        metrics = update(network, optim.SGD(1.0), group.batches, 1, 10, settings)
+        metrics = Updates(network, optim.SGD(1.0), settings, 10).launch(group.batches, 1).figures()
         moved = [adapter_weights(network)[name] - before[name] for name in before]
         return metrics["grad_norm"], math.sqrt(sum(mx.square(each).sum().item() for each in moved))
 

@@ -11,6 +11,7 @@ from tasks.errors import InputError
 from tasks.models.device import on_gpu
 from tasks.models.mlx_lm_import import import_mlx_lm
 from tasks.models.safety import check_folder
+from tasks.process import keep_freed_memory
 
 if TYPE_CHECKING:
     from mlx.nn.layers.base import Module
@@ -36,7 +37,7 @@ def load_model(folder: Path) -> LoadedModel:
     """Load a model folder through mlx_lm, without ever running code of the model.
 
     On a GPU weights stay as stored. On CPU every parameter becomes float32 and quantised layers are
-    dequantised: of its matrix products only float32 ones are fast.
+    dequantised: of its matrix products only float32 ones are fast, and its exponentials are replaced.
 
     Args:
         folder: of `resolve_model`.
@@ -49,12 +50,16 @@ def load_model(folder: Path) -> LoadedModel:
     import mlx.core as mx
     from mlx_lm.utils import load_model as mlx_lm_load_model
 
+    from tasks.models.cpu_functions import use_fast_functions
+
     try:
         model, config = mlx_lm_load_model(folder, lazy=True, strict=True, trust_remote_code=False)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder}: mlx_lm cannot load this model: {error}") from None
     if not on_gpu():
+        keep_freed_memory()
         model, config = _as_float32(model, config)
+        use_fast_functions(model)
     model.eval()
     mx.eval(model.parameters())
     tokenizer = _load_tokenizer(folder, config)

@@ -5,30 +5,27 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
-from mlx.utils import tree_map
 
 from tasks.config import TrainSettings
 from tasks.errors import StepError
 from tasks.prepare.splits import TokenRows
 from tasks.progress import progress
 from tasks.train.adapters import adapter_weights
-from tasks.train.batches import Batch, update_groups, updates_per_epoch
+from tasks.train.batches import update_groups, updates_per_epoch
 from tasks.train.checkpoints import Checkpoints
 from tasks.train.gradient_checkpoint import gradient_checkpoint
 from tasks.train.interrupt import PutOffSignals
-from tasks.train.loss import batch_loss, mean_loss
-from tasks.train.optimizers import make_optimizer, optimizer_state, restore_optimizer, set_learning_rate
-from tasks.train.schedules import learning_rate_at
+from tasks.train.loss import mean_loss
+from tasks.train.optimizers import make_optimizer, optimizer_state, restore_optimizer
 from tasks.train.soft_prompt import prefix_ids, with_prefix
 from tasks.train.state import Training
+from tasks.train.update import Updates
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +87,8 @@ def fit(
         training.epoch,
         training.position,
     )
+    group = next(groups)
+    updates = Updates(model, optimizer, settings, training.steps)
     epoch_updates = updates_per_epoch(train, settings.batch_size, settings.accumulation_steps)
     recompute = gradient_checkpoint(model) if settings.grad_checkpoint else nullcontext()
     model.train()
@@ -110,11 +109,12 @@ def fit(
             training.ended_by = limit or _patience_lost(training, settings)
             if training.ended_by:
                 break
-            group = next(groups)
-            metrics = update(model, optimizer, group.batches, training.step + 1, training.steps, settings)
+            launched = updates.launch(group.batches, training.step + 1)
+            done, group = group, next(groups)  # made while the machine computes
+            metrics = launched.figures()
             training.step += 1
-            training.epoch, training.position = group.epoch, group.position
-            training.trained_tokens += group.supervised_tokens
+            training.epoch, training.position = done.epoch, done.position
+            training.trained_tokens += done.supervised_tokens
             note(
                 {
                     **metrics,
@@ -129,67 +129,6 @@ def fit(
     if training.step < training.steps:
         log.info("ended after %d of %d steps by train.%s", training.step, training.steps, training.ended_by)
     return training
-
-
-def update(
-    model: nn.Module,
-    optimizer: optim.Optimizer,
-    batches: Sequence[Batch],
-    step: int,
-    steps: int,
-    settings: TrainSettings,
-) -> dict[str, float]:
-    """One optimizer step over a group of batches, evaluated; its figures by metric name."""
-    started = time.perf_counter()
-    set_learning_rate(optimizer, rate := learning_rate_at(step, steps, settings))
-    losses, gradient = accumulated_gradient(model, batches, step, settings)
-    gradient, norm = optim.clip_grad_norm(gradient, settings.max_grad_norm or math.inf)
-    if not math.isfinite(sum(losses) + norm.item()):
-        faulty = [each for each, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
-        figures = f"loss {sum(losses):g}, gradient norm {norm.item():g}"
-        raise StepError(_not_finite(step, figures, faulty or batches, settings))
-    optimizer.update(model, gradient)
-    mx.eval(model.trainable_parameters(), optimizer.state)
-    if not _all_finite(adapter_weights(model)):
-        raise StepError(_not_finite(step, "weights that are not finite after it", batches, settings))
-    seconds = time.perf_counter() - started
-    return {
-        "train_loss": sum(losses),
-        "grad_norm": norm.item(),
-        "learning_rate": rate,
-        "tokens_per_second": sum(batch.supervised_tokens for batch in batches) / seconds,
-        "iterations_per_second": 1 / seconds,
-    }
-
-
-def accumulated_gradient(
-    model: nn.Module, batches: Sequence[Batch], step: int, settings: TrainSettings
-) -> tuple[list[float], Any]:
-    """Gradient of the mean loss over all supervised tokens of a group, one batch in memory at a time.
-
-    Each batch counts by its share of the group's tokens, so that this equals the gradient of one big
-    batch to float rounding.
-
-    Returns:
-        What each batch adds to the mean loss, and the gradient as a tree.
-    """
-    tokens = sum(batch.supervised_tokens for batch in batches)
-    loss_and_grad = nn.value_and_grad(model, lambda batch, share: share * batch_loss(model, batch))
-    losses: list[float] = []
-    gradient: Any = None
-    for place, batch in enumerate(batches):
-        if settings.dropout:
-            mx.random.seed(dropout_seed(settings.seed, step, place))
-        loss, part = loss_and_grad(batch, batch.supervised_tokens / tokens)
-        gradient = part if gradient is None else tree_map(mx.add, gradient, part)
-        mx.eval(loss, gradient)
-        losses.append(loss.item())
-    return losses, gradient
-
-
-def dropout_seed(seed: int, step: int, place: int) -> int:
-    """The seed of MLX's global generator, from which nn.Dropout draws, set just before each batch."""
-    return int(np.random.SeedSequence([seed, step, place]).generate_state(1, np.uint64)[0])
 
 
 def total_steps(train: TokenRows, settings: TrainSettings) -> int:
@@ -261,16 +200,3 @@ def _finite_val_loss(loss: float, training: Training) -> float:
             "lower train.learning_rate, or look for a broken validation row"
         )
     return loss
-
-
-def _not_finite(step: int, what: str, batches: Sequence[Batch], settings: TrainSettings) -> str:
-    rows = [row for batch in batches for row in batch.rows.tolist()]
-    return (
-        f"step {step}: {what} on training rows {rows}; nothing of this step is kept. The usual causes are "
-        f"a train.learning_rate that is too high ({settings.learning_rate:g}; other settings start again at "
-        "step 0) and a row whose tokens are broken"
-    )
-
-
-def _all_finite(weights: Mapping[str, mx.array]) -> bool:
-    return bool(mx.stack([mx.isfinite(array).all() for array in weights.values()]).all().item())

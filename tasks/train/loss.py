@@ -12,16 +12,31 @@ from tasks.prepare.splits import TokenRows
 from tasks.progress import progress
 from tasks.train.batches import Batch, sorted_batches
 from tasks.train.evaluating import evaluating
+from tasks.train.head_loss import token_losses, weighted_loss
 from tasks.train.substitution import inject
-from tasks.train.supervised import supervised_logits
+from tasks.train.supervised import gathers, plain_logits, supervised_hidden
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> mx.array:
     """Mean cross-entropy in nats over the supervised tokens of one batch, which has at least one."""
-    if batch.hidden is not None:
-        inject(model, batch.hidden)
-    logits = supervised_logits(model, batch.inputs, batch.positions)  # (count, vocabulary)
-    return nn.losses.cross_entropy(logits, batch.targets, reduction="mean")
+    return summed_loss(model, *batch.arrays()) / batch.supervised_tokens
+
+
+def summed_loss(
+    model: nn.Module,
+    inputs: mx.array,
+    positions: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    hidden: mx.array | None = None,
+) -> mx.array:
+    """Sum of the cross-entropy in nats over the supervised tokens of a batch; arrays as in `Batch`."""
+    if hidden is not None:
+        inject(model, hidden)
+    if gathers(model, inputs):
+        return weighted_loss(model, supervised_hidden(model, inputs, positions), targets, weights)
+    losses = token_losses(plain_logits(model, inputs, positions), targets, gradient=model.training)
+    return mx.sum(losses * weights)
 
 
 def mean_loss(
@@ -46,8 +61,7 @@ def mean_loss(
                 total = math.nan
                 break
             if batch.supervised_tokens:
-                loss = batch_loss(model, batch)
-                total += float(loss) * batch.supervised_tokens
+                total += float(summed_loss(model, *batch.arrays()))
                 count += batch.supervised_tokens
             bar.advance(len(batch.rows))
     return total / count if count else math.nan

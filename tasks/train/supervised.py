@@ -1,8 +1,8 @@
-"""Logits where they are supervised and nowhere else.
+"""The vocabulary where it is supervised and nowhere else.
 
 The projection onto the vocabulary, with its loss, often costs more than several layers, and prompts
-and padding do not need it. Here the inner model's output is gathered before the head: the model
-stays mlx-lm's own, so masks, rotary positions, soft-caps and tied heads are too.
+and padding do not need it. Here the inner model's output is gathered before the head: both stay
+mlx-lm's own, so masks, rotary positions, soft-caps and tied heads are too.
 """
 
 from __future__ import annotations
@@ -31,10 +31,6 @@ _verdicts: dict[type, bool] = {}
 def supervised_logits(model: nn.Module, inputs: mx.array, positions: mx.array) -> mx.array:
     """Logits in float32 at chosen positions.
 
-    The first call for a class of models compares them with the plain forward pass on two rows;
-    where they differ, or the model's code does not allow gathering, the plain pass is used, with a
-    warning.
-
     Args:
         inputs: (batch, length) int32 token ids.
         positions: (count,) int32, indices into the flattened inputs.
@@ -42,36 +38,54 @@ def supervised_logits(model: nn.Module, inputs: mx.array, positions: mx.array) -
     Returns:
         (count, vocabulary) float32.
     """
+    if not gathers(model, inputs):
+        return plain_logits(model, inputs, positions)
+    return head_logits(model, supervised_hidden(model, inputs, positions))
+
+
+def gathers(model: nn.Module, inputs: mx.array) -> bool:
+    """Whether head and inner model can be called apart, for this class of models.
+
+    The first call compares with the plain forward pass on two rows of `inputs`; where they differ, or the
+    model's code does not allow it, a warning is logged.
+    """
     if type(model) not in _verdicts:
         _verdicts[type(model)] = _gathering_is_exact(model, inputs[:PROBE_ROWS])
-    logits = _gathered if _verdicts[type(model)] else _plain
-    return logits(model, inputs, positions).astype(mx.float32)
+    return _verdicts[type(model)]
 
 
-def _plain(model: nn.Module, inputs: mx.array, positions: mx.array) -> mx.array:
+def plain_logits(model: nn.Module, inputs: mx.array, positions: mx.array) -> mx.array:
+    """`supervised_logits` out of those at all positions."""
     logits: mx.array = model(inputs)  # (batch, length, vocabulary)
-    return logits.reshape(-1, logits.shape[-1])[positions]
+    return logits.reshape(-1, logits.shape[-1])[positions].astype(mx.float32)
 
 
-def _gathered(model: nn.Module, inputs: mx.array, positions: mx.array) -> mx.array:
-    with _gathering(model.model, positions):
-        return mx.squeeze(model(inputs), 0)  # (1, count, vocabulary) without its batch
+def supervised_hidden(model: nn.Module, inputs: mx.array, positions: mx.array) -> mx.array:
+    """What the head is given at the chosen positions, (count, hidden)."""
+    hidden: mx.array = model.model(inputs)  # (batch, length, hidden)
+    return hidden.reshape(-1, hidden.shape[-1])[positions]
+
+
+def head_logits(model: nn.Module, hidden: mx.array) -> mx.array:
+    """The logits of hidden states: (count, hidden) → (count, vocabulary) float32."""
+    with _answering(model.model, hidden[None]):
+        logits: mx.array = model(mx.zeros((1, len(hidden)), mx.int32))
+    return logits.squeeze(0).astype(mx.float32)
 
 
 @contextmanager
-def _gathering(inner: nn.Module, positions: mx.array) -> Iterator[None]:
-    """Let this one instance return only the given positions of its output, as one row of a batch.
+def _answering(inner: nn.Module, hidden: mx.array) -> Iterator[None]:
+    """Let this one instance answer any call with `hidden`.
 
     The instance's class is exchanged for a subclass and back: parameter names do not change, and
     no other model is touched.
     """
     plain = type(inner)
 
-    def gather(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
-        hidden: mx.array = plain.__call__(self, *args, **kwargs)  # (batch, length, hidden)
-        return hidden.reshape(-1, hidden.shape[-1])[positions][None]  # (1, count, hidden)
+    def answer(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
+        return hidden
 
-    inner.__class__ = type(plain.__name__, (plain,), {"__call__": gather})
+    inner.__class__ = type(plain.__name__, (plain,), {"__call__": answer})
     try:
         yield
     finally:
@@ -83,8 +97,8 @@ def _gathering_is_exact(model: nn.Module, inputs: mx.array) -> bool:
     positions = mx.arange(0, inputs.size, 3)
     try:
         with evaluating(model):
-            plain = log_probabilities(_plain(model, inputs, positions))
-            gathered = log_probabilities(_gathered(model, inputs, positions))
+            plain = log_probabilities(plain_logits(model, inputs, positions))
+            gathered = log_probabilities(head_logits(model, supervised_hidden(model, inputs, positions)))
         if plain.shape == gathered.shape and float(mx.abs(plain - gathered).max()) <= TOLERANCE:
             return True
         reason = "its logits differ"
