@@ -76,7 +76,7 @@ def tiny_network(kind: str = "llama", bits: int | None = None, dtype: str = "flo
 
 @pytest.fixture(autouse=True)
 def interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
-    """MLX without its compiler, which on a CPU is a C++ compiler; with it where a test is marked `compiled`."""
+    """MLX without its compiler, on a CPU a C++ compiler; with it where a test is marked `compiled`."""
     import mlx.core as mx
 
     if "compiled" in request.keywords:

@@ -102,25 +102,22 @@ def _(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
     return _swiglu_gradient(gate, x, cotangent)
 
 
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """Cross-entropy in nats, (count,), of float32 logits (count, vocabulary), where no gradient is needed."""
-    return _cross_entropy(logits, targets)[0]
-
-
 @mx.custom_function
-def cross_entropy_with_gradient(logits: mx.array, targets: mx.array) -> Any:
-    """`cross_entropy`, and the probabilities (count, vocabulary) that its gradient is made of."""
-    losses, powers, total = _cross_entropy(logits, targets)
-    return losses, powers * (1.0 / total)
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """Cross-entropy in nats, (count,), of float32 logits (count, vocabulary)."""
+    highest = mx.max(logits, axis=-1, keepdims=True)
+    total = mx.sum(_powers(logits, highest), axis=-1, keepdims=True)
+    return (mx.log(total) + highest - _picked(logits, targets)).squeeze(-1)
 
 
-@cross_entropy_with_gradient.vjp
-def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
-    targets = primals[1]
-    weights, places = cotangents[0][:, None], targets[:, None]
-    gradient = outputs[1] * weights
-    picked = mx.take_along_axis(gradient, places, axis=-1) - weights
-    return mx.put_along_axis(gradient, places, picked, axis=-1), mx.zeros_like(targets)
+@cross_entropy.vjp
+def _(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
+    logits, targets = primals
+    weights = cotangent[:, None]
+    # The logarithm of the sum of powers is the loss and the target's logit together.
+    gradient = _powers(logits, output[:, None] + _picked(logits, targets)) * weights
+    of_targets = _picked(gradient, targets) - weights
+    return mx.put_along_axis(gradient, targets[:, None], of_targets, axis=-1), mx.zeros_like(targets)
 
 
 def attention(
@@ -155,12 +152,9 @@ def attention(
     return (weights @ values).reshape(batch, heads, length, -1)
 
 
-def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    highest = mx.max(logits, axis=-1, keepdims=True)
-    powers = _powers(logits, highest)
-    total = mx.sum(powers, axis=-1, keepdims=True)
-    picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
-    return (mx.log(total) + highest - picked).squeeze(-1), powers, total
+def _picked(values: mx.array, targets: mx.array) -> mx.array:
+    """(count, 1): of each row of (count, vocabulary) the value at its target."""
+    return mx.take_along_axis(values, targets[:, None], axis=-1)
 
 
 @mx.compile

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from tasks.models.cpu_functions import cross_entropy, cross_entropy_with_gradient
+from tasks.models.cpu_functions import cross_entropy
 from tasks.models.device import on_gpu
 from tasks.train.supervised import head_logits
 
@@ -48,22 +48,15 @@ def weighted_loss(model: nn.Module, hidden: mx.array, targets: mx.array, weights
     return total
 
 
-def token_losses(logits: mx.array, targets: mx.array, gradient: bool = False) -> mx.array:
+def token_losses(logits: mx.array, targets: mx.array) -> mx.array:
     """Cross-entropy in nats of each position, (count,), of float32 logits (count, vocabulary)."""
-    losses: mx.array
-    if on_gpu():
-        losses = nn.losses.cross_entropy(logits, targets)
-        return losses
-    if not gradient:
-        return cross_entropy(logits, targets)
-    losses = cross_entropy_with_gradient(logits, targets)[0]  # type: ignore[index]
-    return losses
+    losses: Any = (nn.losses.cross_entropy if on_gpu() else cross_entropy)(logits, targets)
+    return losses  # type: ignore[no-any-return]
 
 
 def _chunk_loss(model: nn.Module) -> ChunkLoss:
     def plain(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        losses = token_losses(head_logits(model, hidden), targets, gradient=model.training)
-        return mx.sum(losses * weights)
+        return mx.sum(token_losses(head_logits(model, hidden), targets) * weights)
 
     if not model.training:
         return plain

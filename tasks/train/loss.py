@@ -35,7 +35,7 @@ def summed_loss(
         inject(model, hidden)
     if gathers(model, inputs):
         return weighted_loss(model, supervised_hidden(model, inputs, positions), targets, weights)
-    losses = token_losses(plain_logits(model, inputs, positions), targets, gradient=model.training)
+    losses = token_losses(plain_logits(model, inputs, positions), targets)
     return mx.sum(losses * weights)
 
 
