@@ -18,8 +18,7 @@ from tasks.train.supervised import supervised_logits
 
 def batch_loss(model: nn.Module, batch: Batch) -> mx.array:
     """Mean cross-entropy in nats over the supervised tokens of one batch, which has at least one."""
-    if batch.hidden is not None:
-        inject(model, batch.hidden)
+    inject(model, batch.hidden)
     logits = supervised_logits(model, batch.inputs, batch.positions)  # (count, vocabulary)
     return nn.losses.cross_entropy(logits, batch.targets, reduction="mean")
 
