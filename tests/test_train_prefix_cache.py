@@ -244,8 +244,18 @@ def test_of_two_processes_one_builds_and_the_other_finds_it(home: Path) -> None:
     assert len(folders(home)) == 2
 
 
-def test_batches_by_length_hold_every_row_once_and_keep_to_their_tokens() -> None:
-    lengths = np.random.default_rng(1).integers(1, 90, 200)
-    batches = length_batches(lengths, 256)
+@pytest.mark.parametrize("tokens", [256, 4096])
+def test_batches_by_length_hold_every_row_once_and_keep_to_their_tokens(tokens: int) -> None:
+    lengths = np.random.default_rng(1).integers(1, 400, 200)
+    batches = length_batches(lengths, tokens)
     assert sorted(np.concatenate(batches).tolist()) == list(range(200))
-    assert all(len(batch) == 1 or lengths[batch].max() * len(batch) <= 256 for batch in batches)
+    assert all(len(batch) == 1 or lengths[batch].max() * len(batch) <= tokens for batch in batches)
+
+
+def test_batches_by_length_pad_little() -> None:
+    lengths = np.random.default_rng(1).integers(1, 400, 200)
+    batches = length_batches(lengths, 4096)
+    assert any(lengths[batch].sum() > prefix_cache.LEAST_TOKENS for batch in batches)
+    for batch in batches:
+        if lengths[batch].max() * len(batch) > prefix_cache.LEAST_TOKENS:
+            assert lengths[batch].max() <= 1.1 * lengths[batch].min()
