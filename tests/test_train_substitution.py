@@ -91,6 +91,14 @@ def test_hidden_states_are_refused_by_a_model_that_computes_them() -> None:
         inject(tiny_network("llama"), mx.zeros((1, 4, 32)))
 
 
+def test_hidden_states_of_another_batch_are_refused() -> None:
+    network = tiny_network("llama")
+    with standing_in(network, 2):
+        inject(network, mx.zeros((3, 20, 32)))
+        with pytest.raises(ValueError, match=r"\(3, 20, 32\) are given for a batch of \(3, 24, 32\)"):
+            network(INPUTS)
+
+
 def test_listening_leaves_the_model_as_it_was() -> None:
     network = tiny_network("llama")
     network.train()

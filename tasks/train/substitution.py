@@ -43,8 +43,11 @@ class FrozenLayer(nn.Module):
             self.layer = layer
 
     def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        if self._given.hidden is not None:
-            return self._given.hidden if self._last else hidden
+        given = self._given.hidden
+        if given is not None:
+            if given.shape != hidden.shape:  # of another batch: read past their end, they kill the process
+                raise ValueError(f"hidden states {given.shape} are given for a batch of {hidden.shape}")
+            return given if self._last else hidden
         if "layer" not in self:
             raise RuntimeError("a model without its lower layers was called without their output")
         output: mx.array = self.layer(hidden, *args, **kwargs)
