@@ -48,7 +48,7 @@ def finetune(settings: Settings, resumed: str | None = None) -> Outcome:
         model = import_model(settings.model)
         data = prepare(settings.data, model, run)
         adapter = train(settings.train, model, data, run)
-        evaluation = evaluate(settings.evaluate, model, adapter, data, run)
+        evaluation = evaluate(settings.evaluate, model, adapter, data, run, settings.train)
         fused = fuse(settings.fuse, model, adapter, data) if settings.fuse.enabled else None
         registration = (
             register(settings.register_, registered_name(settings, model), model, adapter, evaluation, run)

@@ -56,6 +56,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "sliding_window_pattern": 2,
     },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "rwkv7": {
+        "norm_eps": 1e-5,
+        "a_low_rank_dim": 8,
+        "v_low_rank_dim": 8,
+        "gate_low_rank_dim": 8,
+        "decay_low_rank_dim": 8,
+    },
     "mamba": {
         "state_size": 8,
         "conv_kernel": 4,

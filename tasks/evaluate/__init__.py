@@ -3,7 +3,7 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.config import EvaluateSettings
+from tasks.config import EvaluateSettings, TrainSettings
 from tasks.evaluate.side_by_side import Evaluation, evaluate_adapter
 from tasks.models.folder import ModelFolder
 from tasks.publish import StepOutput
@@ -12,7 +12,12 @@ from tasks.tracking import Run
 
 @task(task_run_name="evaluate", cache_policy=NO_CACHE)
 def evaluate(
-    settings: EvaluateSettings, model: ModelFolder, adapter: StepOutput, data: StepOutput, run: Run
+    settings: EvaluateSettings,
+    model: ModelFolder,
+    adapter: StepOutput,
+    data: StepOutput,
+    run: Run,
+    train: TrainSettings,
 ) -> Evaluation:
     """Losses, answers and scores of base and tuned model."""
-    return evaluate_adapter(settings, model, adapter, data, run)
+    return evaluate_adapter(settings, model, adapter, data, run, train)

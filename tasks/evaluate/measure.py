@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.config import EvaluateSettings
+from tasks.config import EvaluateSettings, TrainSettings
 from tasks.models.folder import ModelFolder
 from tasks.prepare.chats import load_rows, load_template
 from tasks.prepare.splits import load_splits
@@ -15,19 +17,42 @@ from tasks.progress import progress
 from tasks.publish import StepOutput, run_step, write_json
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
+
     from tasks.models.load import LoadedModel
+    from tasks.prepare.splits import TokenRows
 
 EVALUATION_FILE = "evaluation.json"
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A base and an adapter that are measured beside each other: layers equal in both are computed once.
+
+    Attributes:
+        adapter: its folder.
+        train: `frozen_prefix` says whether that is wanted, `prefix_cache_gb` how much disk it may take.
+    """
+
+    adapter: Path
+    train: TrainSettings
+
+
 def measure(
-    settings: EvaluateSettings, model: ModelFolder, adapter: StepOutput | None, data: StepOutput
+    settings: EvaluateSettings,
+    model: ModelFolder,
+    adapter: StepOutput | None,
+    data: StepOutput,
+    pair: Pair | None = None,
 ) -> StepOutput:
     """Test loss and sample answers of a model with an adapter, or of the base alone (None).
 
     The output's `evaluation.json` holds `test_loss` (nats a supervised token, all test rows),
     `perplexity`, `chrf` (0 to 100), `exact_match` (share), `tokens_per_second` of generation, and
     `answers`: prompt, reference, answer and scores of the first `samples` test chats.
+
+    Args:
+        pair: this model and another one. It changes no figure but by rounding.
     """
     inputs = {
         "model": model.fingerprint,
@@ -37,29 +62,47 @@ def measure(
     }
     adapter_path = adapter.path if adapter else None
     return run_step(
-        "evaluate", inputs, lambda draft: _measure(draft, settings, model.path, adapter_path, data)
+        "evaluate", inputs, lambda draft: _measure(draft, settings, model, adapter_path, data, pair)
     )
 
 
 def _measure(
-    draft: Path, settings: EvaluateSettings, model: Path, adapter: Path | None, data: StepOutput
+    draft: Path,
+    settings: EvaluateSettings,
+    model: ModelFolder,
+    adapter: Path | None,
+    data: StepOutput,
+    pair: Pair | None,
 ) -> None:
     from tasks.models.load import load_model
     from tasks.train.adapters import load_adapter
     from tasks.train.loss import mean_loss
     from tasks.train.soft_prompt import prefix_ids, with_prefix
 
-    loaded = load_model(model)
+    loaded = load_model(model.path)
     who = "tuned" if adapter else "base"
     if adapter:
         load_adapter(loaded.model, adapter)
     test = with_prefix(load_splits(data.path)["test"], prefix_ids(loaded.model))
-    test_loss = mean_loss(loaded.model, test, settings.batch_size, f"test loss, {who}")
+    with _frozen_part(loaded.model, test, model, pair) as rows:
+        test_loss = mean_loss(loaded.model, rows, settings.batch_size, f"test loss, {who}")
     figures: dict[str, Any] = {"test_loss": test_loss, "perplexity": math.exp(test_loss)}
     if settings.samples:
         chats = [row for row in load_rows(data.path, "test") if "text" not in row][: settings.samples]
         figures |= _answers(loaded, chats, load_template(data.path), settings, who) if chats else {}
     write_json(draft / EVALUATION_FILE, figures)
+
+
+def _frozen_part(
+    network: nn.Module, rows: TokenRows, base: ModelFolder, pair: Pair | None
+) -> AbstractContextManager[TokenRows]:
+    from tasks.train.adapters import read_adapter_config
+    from tasks.train.frozen_prefix import base_identity, for_measuring, untouched_layers
+
+    if pair is None:
+        return nullcontext(rows)
+    depth = untouched_layers(read_adapter_config(pair.adapter), len(network.layers))
+    return for_measuring(network, rows, depth, pair.train, base_identity(base))
 
 
 def _answers(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.config import EvaluateSettings
-from tasks.evaluate.measure import EVALUATION_FILE, measure
+from tasks.config import EvaluateSettings, TrainSettings
+from tasks.evaluate.measure import EVALUATION_FILE, Pair, measure
 from tasks.models.folder import ModelFolder
 from tasks.publish import StepOutput
 from tasks.tracking import Run
@@ -44,12 +44,21 @@ class Evaluation:
 
 
 def evaluate_adapter(
-    settings: EvaluateSettings, model: ModelFolder, adapter: StepOutput, data: StepOutput, run: Run
+    settings: EvaluateSettings,
+    model: ModelFolder,
+    adapter: StepOutput,
+    data: StepOutput,
+    run: Run,
+    train: TrainSettings,
 ) -> Evaluation:
-    """Measure base and tuned model and log both: `base/…` and `test/…` metrics and a table of answers."""
+    """Measure base and tuned model and log both: `base/…` and `test/…` metrics and a table of answers.
+
+    Of the `train` settings those of the frozen prefix are read.
+    """
+    pair = Pair(adapter.path, train)
     evaluation = Evaluation(
-        base=measure(settings, model, None, data),
-        tuned=measure(settings, model, adapter, data),
+        base=measure(settings, model, None, data, pair),
+        tuned=measure(settings, model, adapter, data, pair),
         test_data=data.fingerprint,
     )
     figures = evaluation.figures()

@@ -17,7 +17,7 @@ from tasks.errors import StepError
 from tasks.prepare.splits import TokenRows
 from tasks.progress import progress
 from tasks.train.adapters import adapter_weights
-from tasks.train.batches import update_groups, updates_per_epoch
+from tasks.train.batches import Group, update_groups, updates_per_epoch
 from tasks.train.checkpoints import Checkpoints
 from tasks.train.gradient_checkpoint import gradient_checkpoint
 from tasks.train.interrupt import PutOffSignals
@@ -87,7 +87,7 @@ def fit(
         training.epoch,
         training.position,
     )
-    group = next(groups)
+    upcoming: Group | None = None
     updates = Updates(model, optimizer, settings, training.steps)
     epoch_updates = updates_per_epoch(train, settings.batch_size, settings.accumulation_steps)
     recompute = gradient_checkpoint(model) if settings.grad_checkpoint else nullcontext()
@@ -109,12 +109,14 @@ def fit(
             training.ended_by = limit or _patience_lost(training, settings)
             if training.ended_by:
                 break
+            group = upcoming or next(groups)
             launched = updates.launch(group.batches, training.step + 1)
-            done, group = group, next(groups)  # made while the machine computes
+            # Made while the machine computes; after the last one there is nothing to make.
+            upcoming = next(groups) if training.step + 1 < training.steps else None
             metrics = launched.figures()
             training.step += 1
-            training.epoch, training.position = done.epoch, done.position
-            training.trained_tokens += done.supervised_tokens
+            training.epoch, training.position = group.epoch, group.position
+            training.trained_tokens += group.supervised_tokens
             note(
                 {
                     **metrics,

@@ -31,8 +31,7 @@ def summed_loss(
     hidden: mx.array | None = None,
 ) -> mx.array:
     """Sum of the cross-entropy in nats over the supervised tokens of a batch; arrays as in `Batch`."""
-    if hidden is not None:
-        inject(model, hidden)
+    inject(model, hidden)
     if gathers(model, inputs):
         return weighted_loss(model, supervised_hidden(model, inputs, positions), targets, weights)
     losses = token_losses(plain_logits(model, inputs, positions), targets)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,7 +96,7 @@ def _train(
         save_adapter,
     )
     from tasks.train.checkpoints import Checkpoints, checkpoints_folder
-    from tasks.train.frozen_prefix import without_frozen_layers
+    from tasks.train.frozen_prefix import base_identity, without_frozen_layers
     from tasks.train.health import advice
     from tasks.train.loop import fit
     from tasks.train.quantised_base import check_base
@@ -112,7 +111,7 @@ def _train(
     trainable = count_parameters(adapter_weights(network))
     run.set_tags({"tunesmith.trainable_parameters": trainable})
     fitted = without_frozen_layers(
-        network, {name: splits[name] for name in ("train", "valid")}, settings, _identity(model, data)
+        network, {name: splits[name] for name in ("train", "valid")}, settings, base_identity(model)
     )
     checkpoints = Checkpoints(checkpoints_folder(output_folder("train", inputs).name), settings)
     training = fit(network, fitted["train"], fitted["valid"], settings, run.report, checkpoints)
@@ -124,12 +123,6 @@ def _train(
         draft / TRAINING_FILE,
         {**training.summary(), "trainable_parameters": trainable, "advice": told, "inputs": inputs},
     )
-
-
-def _identity(model: ModelFolder, data: StepOutput) -> dict[str, str]:
-    """What the hidden states of the rows depend on, beside the depth."""
-    packages = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")}
-    return {"base": model.fingerprint, "data": data.fingerprint, "device": _device(), **packages}
 
 
 def _device() -> str:
