@@ -22,8 +22,9 @@ adapted share of the layers, h the vocabulary projection over the body and c the
 positions. `max_loss_difference` is relative, of a batch's loss in a step from equal weights; both sides then
 leave out the padding token that mlx-lm supervises in padded rows.
 
-Cells are kept in a file as they are measured, and a run that was cut off goes on after the last of them;
-another commit measures all of them again.
+Cells are kept in a file as they are measured, and a run that was cut off, or asked for other cells, goes on
+from there; once the code of `tasks/train` has changed, all are measured again. The figures are of all cells
+kept.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ from step_rows import Chats, chats
 from step_table import figures_of, in_words, markdown
 
 from tasks.models.device import on_gpu
+from tasks.publish import code_version
 
 VALIDATION_ROWS = 64
 
@@ -71,21 +73,22 @@ def main() -> None:
         return
     started = time.perf_counter()
     file.parent.mkdir(parents=True, exist_ok=True)
-    measured = {key: cell for key, cell in _measured(file).items() if cell["commit"] == commit()}
+    code = code_version("train")
+    measured = {key: cell for key, cell in _measured(file).items() if cell["code"] == code}
     wanted = list(_cells(chosen))
     for model, method in dict.fromkeys((cell.model, cell.method) for cell in wanted):
         todo = [cell for cell in wanted if (cell.model, cell.method) == (model, method)]
         todo = [cell for cell in todo if cell.key not in measured]
         for done in _measure(todo, chosen, started):
-            measured[done["key"]] = done
+            measured[done["key"]] = done = {**done, "code": code, "commit": commit()}
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(done) + "\n")
             print(in_words(done), flush=True)
-    found = [measured[cell.key] for cell in wanted if cell.key in measured]
-    if len(found) < len(wanted):
-        print(f"{len(wanted) - len(found)} of {len(wanted)} cells are left: run again to go on")
+    if left := [cell.key for cell in wanted if cell.key not in measured]:
+        print(f"{len(left)} of {len(wanted)} cells are left: run again to go on")
+    found = list(measured.values())
     print(markdown(found))
-    record("train_step", figures_of(found), chosen.quick or len(found) < len(wanted), found)
+    record("train_step", figures_of(found), chosen.quick or "tiny" in chosen.models, found)
 
 
 def _arguments() -> argparse.Namespace:
@@ -153,7 +156,6 @@ def _measure(todo: list[Cell], chosen: argparse.Namespace, started: float) -> It
             held = held or chats(VALIDATION_ROWS)
         yield {
             "key": cell.key,
-            "commit": commit(),
             **asdict(cell),
             "base": _base_in_words(cell),
             **_figures(cell, bases, held if cell.rows == STDLIB else None, chosen),
