@@ -46,6 +46,9 @@ EPOCHS = 3
 DISTINCT_BATCHES = 4
 """Of made rows, which are all of one length: a few serve, and their frozen layers are soon computed."""
 
+LONGEST_CHAT = 2048
+"""The default of either side."""
+
 LOSS_BATCHES = 4
 MEMORY_STEPS = 3
 
@@ -155,12 +158,16 @@ def measure_validation(
         else:
             valid = _rows_of(cell)
             dataset = their_rows(valid, np.arange(len(valid)))
+        longest = LONGEST_CHAT if chats else cell.length + 1
         if len(valid) % cell.batch_size:
             raise ValueError(f"{len(valid)} rows in batches of {cell.batch_size}: mlx-lm would drop some")
         ours, theirs = _sides(cell, bases, valid, valid)
         seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
         for _ in range(rounds + 1):
-            for name, validate in (("ours", ours.validate), ("theirs", lambda: theirs.validate(dataset))):
+            for name, validate in (
+                ("ours", ours.validate),
+                ("theirs", lambda: theirs.validate(dataset, longest)),
+            ):
                 started = time.perf_counter()
                 validate()
                 seconds[name].append(time.perf_counter() - started)
@@ -269,7 +276,7 @@ def _same_batches(rows: TokenRows, cell: Cell) -> Iterator[tuple[mx.array, mx.ar
 
 
 def _chat_batches(chats: Chats, cell: Cell) -> Iterator[tuple[mx.array, mx.array]]:
-    return their_batches(chats.their_train, cell.batch_size, 2048, EPOCHS)
+    return their_batches(chats.their_train, cell.batch_size, LONGEST_CHAT, EPOCHS)
 
 
 def _width(batch: tuple[mx.array, mx.array]) -> int:

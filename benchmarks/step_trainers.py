@@ -146,10 +146,10 @@ class TheirTrainer:
         """`default_loss` of a batch, from the weights as they are."""
         return float(trainer.default_loss(self.network, *batch)[0])
 
-    def validate(self, dataset: Any) -> float:
-        """`mlx_lm.tuner.trainer.evaluate` over the whole data set."""
+    def validate(self, dataset: Any, longest: int) -> float:
+        """`mlx_lm.tuner.trainer.evaluate` over the whole data set, of rows no longer than `longest`."""
         size = self.settings.batch_size
-        return float(trainer.evaluate(self.network, dataset, size, num_batches=-1))
+        return float(trainer.evaluate(self.network, dataset, size, num_batches=-1, max_seq_length=longest))
 
 
 def their_batches(dataset: Any, batch_size: int, max_seq_length: int, epochs: int) -> Iterator[Any]:
