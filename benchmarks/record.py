@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def machine_name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name().partition(": ")[2].lower())
 
 
+@cache
 def commit() -> str:
     """Of the checkout, "-dirty" where it holds more; `COMMIT` where the code is a copy without history."""
     if given := os.environ.get("COMMIT"):

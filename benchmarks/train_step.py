@@ -95,31 +95,50 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", type=_words, help=f"of {', '.join([*MODELS, 'tiny'])}")
     parser.add_argument("--methods", type=_words, help="of lora, qlora")
-    parser.add_argument("--layers", type=_depths, default=[1, 4, 8, 16, ALL], help="as 1,4,8,16,all")
-    parser.add_argument("--batches", type=_numbers, default=[1, 4], help="rows a batch, as 1,4")
-    parser.add_argument("--prompts", type=_numbers, default=[0, 50, 80], help="percent not supervised")
+    parser.add_argument("--layers", type=_depths, help="as 1,4,8,16,all")
+    parser.add_argument("--batches", type=_numbers, help="rows a batch, as 1,4")
+    parser.add_argument("--prompts", type=_numbers, help="percent not supervised, as 0,50,80")
     parser.add_argument("--length", type=_numbers, help="positions of a row, as 512,2048")
     parser.add_argument("--rows", type=_words, default=[SYNTHETIC], help="of synthetic, stdlib")
     parser.add_argument("--steps", type=int, help="timed, of either side, in each cell")
-    parser.add_argument(
-        "--memory", choices=("none", "some", "all"), default="some", help="some: at 50%% prompt"
-    )
+    parser.add_argument("--memory", choices=("none", "some", "all"), help="some: at 50%% prompt")
     parser.add_argument("--curves", action="store_true", help="100 steps of either side, side by side")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so long")
     parser.add_argument("--cells", type=Path, help="the file that measured cells are kept in")
     parser.add_argument("--table", action="store_true", help="print the measured cells as Markdown")
     parser.add_argument("--quick", action="store_true", help="one small cell a depth")
     chosen = parser.parse_args()
-    if chosen.quick:
-        chosen.models, chosen.methods = chosen.models or [BUNDLED], chosen.methods or ["lora"]
-        chosen.layers, chosen.batches, chosen.prompts = [1, 8, ALL], [4], [50]
-        chosen.length, chosen.steps, chosen.memory = chosen.length or [64], chosen.steps or 3, "none"
-    gpu = on_gpu()
-    chosen.models = chosen.models or (list(MODELS) if gpu else [BUNDLED])
-    chosen.methods = chosen.methods or (list(METHODS) if gpu else ["lora"])
-    chosen.length = chosen.length or ([512, 2048] if gpu else [256])
-    chosen.steps = chosen.steps or (24 if gpu else 12)
+    for name, value in (_QUICK if chosen.quick else _whole()).items():
+        if getattr(chosen, name) is None:
+            setattr(chosen, name, value)
     return chosen
+
+
+_QUICK: dict[str, Any] = {
+    "models": [BUNDLED],
+    "methods": ["lora"],
+    "layers": [1, 8, ALL],
+    "batches": [4],
+    "prompts": [50],
+    "length": [64],
+    "steps": 3,
+    "memory": "none",
+}
+
+
+def _whole() -> dict[str, Any]:
+    """Everything that is worth its time on this machine: large models and 4 bits are not on CPU."""
+    gpu = on_gpu()
+    return {
+        "models": list(MODELS) if gpu else [BUNDLED],
+        "methods": list(METHODS) if gpu else ["lora"],
+        "layers": [1, 4, 8, 16, ALL],
+        "batches": [1, 4],
+        "prompts": [0, 50, 80],
+        "length": [512, 2048] if gpu else [256],
+        "steps": 24 if gpu else 12,
+        "memory": "some",
+    }
 
 
 def _cells(chosen: argparse.Namespace) -> Iterator[Cell]:
