@@ -36,8 +36,9 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import bare_engine  # noqa: F401
 import yaml
+
+import tasks  # noqa: F401  (sets the process up before MLX is imported)
 
 CHECKOUT = Path(__file__).parent.parent
 EPOCHS, BATCH_SIZE, LAYERS, RANK, SCALE, RATE = 3, 4, 8, 8, 4.0, 2e-4
