@@ -63,11 +63,10 @@ def test_only_what_a_package_takes_from_itself_is_timed() -> None:
 
 def test_both_commands_get_the_same_work(tmp_path: Path) -> None:
     from tasks.config import Settings
-    from tasks.train.low_rank import low_rank_scale
 
     ours = Settings.model_validate(whole_run._our_settings(tmp_path, quick=True, steps=30, epoch=10)).train
     theirs = whole_run._their_settings(tmp_path, tmp_path, tmp_path, steps=30, epoch=10)
-    lora = {"rank": ours.rank, "scale": low_rank_scale(ours), "dropout": ours.dropout}
+    lora = {"rank": ours.rank, "scale": ours.scale, "dropout": ours.dropout}
     assert theirs["lora_parameters"] == lora
     assert theirs["num_layers"] == ours.num_layers
     assert theirs["batch_size"] == ours.batch_size
