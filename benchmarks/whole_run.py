@@ -210,7 +210,7 @@ def _our_settings(model: Path, quick: bool, steps: int, epoch: int) -> dict[str,
         "model": {"source": str(model)},
         "data": _data(quick),
         "train": {
-            "num_layers": LAYERS,
+            "num_layers": _layers(model),
             "rank": RANK,
             "scale": SCALE,
             "learning_rate": RATE,
@@ -232,7 +232,7 @@ def _their_settings(model: Path, data: Path, folder: Path, steps: int, epoch: in
         "model": str(model),
         "data": str(data),
         "adapter_path": str(folder / "adapters"),
-        "num_layers": LAYERS,
+        "num_layers": _layers(model),
         "lora_parameters": {"rank": RANK, "scale": SCALE, "dropout": 0.0},
         "optimizer": "adamw",
         "learning_rate": RATE,
@@ -243,6 +243,12 @@ def _their_settings(model: Path, data: Path, folder: Path, steps: int, epoch: in
         "val_batches": -1,
         "test_batches": -1,
     }
+
+
+def _layers(model: Path) -> int:
+    """8 as in the figures, or all of a smaller model's."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return min(LAYERS, int(config["num_hidden_layers"]))
 
 
 def _homes(folder: Path) -> dict[str, str]:

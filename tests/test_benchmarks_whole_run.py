@@ -64,11 +64,12 @@ def test_only_what_a_package_takes_from_itself_is_timed() -> None:
 def test_both_commands_get_the_same_work(tmp_path: Path) -> None:
     from tasks.config import Settings
 
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 6}')
     ours = Settings.model_validate(whole_run._our_settings(tmp_path, quick=True, steps=30, epoch=10)).train
     theirs = whole_run._their_settings(tmp_path, tmp_path, tmp_path, steps=30, epoch=10)
     lora = {"rank": ours.rank, "scale": ours.scale, "dropout": ours.dropout}
     assert theirs["lora_parameters"] == lora
-    assert theirs["num_layers"] == ours.num_layers
+    assert theirs["num_layers"] == ours.num_layers == 6
     assert theirs["batch_size"] == ours.batch_size
     assert theirs["learning_rate"] == ours.learning_rate
     assert theirs["iters"] == ours.max_steps
