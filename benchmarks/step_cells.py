@@ -137,7 +137,7 @@ def measure_step(cell: Cell, bases: tuple[Base, Base], chats: Chats | None, step
         else:
             batches = _same_batches(rows, cell)
             first_batches = [next(_same_batches(rows, cell))]
-        times = in_turns(ours, ours.groups(), theirs, batches, (first_groups, first_batches), count, block)
+        times = in_turns(ours, theirs, batches, (first_groups, first_batches), count, block)
         figures = _speed(cell, times, rows)
         figures["loss_difference"] = _loss_difference(ours, theirs, rows)
         figures["prefix_s"] = ours.prefix_s

@@ -26,15 +26,21 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from tasks.config import TrainSettings
+from tasks.models.cpu_functions import use_fast_functions
+from tasks.models.device import on_gpu
 from tasks.prepare.splits import TokenRows
+from tasks.process import keep_freed_memory
 from tasks.train.adapters import adapter_config, adapter_weights, add_adapter
 from tasks.train.batches import Group, update_groups
 from tasks.train.frozen_prefix import frozen_depth, without_frozen_layers
-from tasks.train.loop import update
 from tasks.train.loss import mean_loss
 from tasks.train.low_rank import low_rank_scale
 from tasks.train.optimizers import make_optimizer
 from tasks.train.prefix_cache import PrefixedRows
+from tasks.train.update import Updates
+
+LONG = 1_000_000
+"""Updates planned, for a learning rate that is constant anyway."""
 
 Row = tuple[list[int], int]
 """As mlx-lm has it: token ids, and from which of them on they are supervised."""
@@ -50,6 +56,9 @@ class OurTrainer:
     def __init__(
         self, network: nn.Module, rows: TokenRows, settings: TrainSettings, valid: TokenRows | None = None
     ) -> None:
+        if not on_gpu():  # as `load_model` does; the first is of the process, so mlx-lm's side has it too
+            keep_freed_memory()
+            use_fast_functions(network)
         add_adapter(network, adapter_config(settings, len(network.layers)), settings.seed)
         started = time.perf_counter()
         given = {"train": rows, "valid": valid or rows.first(1)}
@@ -59,7 +68,9 @@ class OurTrainer:
         if frozen_depth(settings, len(network.layers)) and not isinstance(self.rows, PrefixedRows):
             raise RuntimeError("the frozen layers were not taken out, see the warning: nothing to compare")
         self.network, self.settings, self.steps = network, settings, 0
-        self.optimizer = make_optimizer(settings)
+        self._updates = Updates(network, make_optimizer(settings), settings, steps=LONG)
+        self._order = self.groups()
+        self._next: Group | None = None
         network.train()
 
     def groups(self) -> Iterator[Group]:
@@ -68,15 +79,20 @@ class OurTrainer:
         return update_groups(self.rows, settings.batch_size, settings.accumulation_steps, settings.seed)
 
     def step(self, group: Group) -> float:
-        """One update; its loss."""
+        """One update, waited for; its loss."""
         self.steps += 1
-        network, optimizer = self.network, self.optimizer
-        planned = self.steps  # the schedule is constant
-        return update(network, optimizer, group.batches, self.steps, planned, self.settings)["train_loss"]
+        return self._updates.launch(group.batches, self.steps).figures()["train_loss"]
 
-    def finish(self) -> None:
-        """Wait for what may still be under way."""
-        mx.synchronize()
+    def run(self, count: int) -> list[Group]:
+        """The next so many updates as the product's loop makes them: a batch while an update is under way."""
+        done = []
+        for _ in range(count):
+            self.steps += 1
+            done.append(self._next or next(self._order))
+            launched = self._updates.launch(done[-1].batches, self.steps)
+            self._next = next(self._order)
+            launched.figures()
+        return done
 
     def validate(self) -> float:
         """Mean loss over the validation rows."""
@@ -94,7 +110,7 @@ class OurTrainer:
 
 def shape_of(group: Group) -> tuple[int, ...]:
     """What a step may have to be compiled for anew."""
-    return tuple(group.batches[0].inputs.shape)
+    return tuple(size for array in group.batches[0].arrays() for size in array.shape)
 
 
 class TheirTrainer:
@@ -176,7 +192,6 @@ def exactly_supervised(rows: Sequence[Row]) -> tuple[mx.array, mx.array]:
 
 def in_turns(
     ours: OurTrainer,
-    groups: Iterator[Group],
     theirs: TheirTrainer,
     batches: Iterator[Any],
     warm: tuple[Iterable[Group], Sequence[Any]],
@@ -202,14 +217,9 @@ def in_turns(
         yield from their_warm
         times["their_first_s"] = time.perf_counter() - started
         for _ in range(blocks):
-            ours.step(next(groups))
-            ours.finish()
+            ours.run(1)
             started = time.perf_counter()
-            done = []
-            for _ in range(block):
-                done.append(next(groups))
-                ours.step(done[-1])
-            ours.finish()
+            done = ours.run(block)
             times["ours"].append(time.perf_counter() - started)
             times["our_groups"].append([batch.rows for group in done for batch in group.batches])
             yield next(batches)
@@ -224,7 +234,6 @@ def in_turns(
     started = time.perf_counter()
     for group in our_warm:
         ours.step(group)
-    ours.finish()
     times["our_first_s"] = time.perf_counter() - started
     theirs.train(hand_out, len(their_warm) + blocks * (block + 1))
     return times

@@ -15,7 +15,8 @@ Rows are made, all of one length, the same rows in the same order for both; or (
 chats as the product prepares them: there each side forms and pads its batches of the same rows by itself.
 Base models are the bundled one and random weights in the shapes of others (`step_models.py`): float32 on
 CPU, bfloat16 on a GPU, 4 bits for qlora. On CPU, where quantised products are slow, Tunesmith holds a 4-bit
-base as float32, and mlx-lm as it is.
+base as float32, and mlx-lm as it is. What Tunesmith sets for its whole process on Linux, so that freed
+memory is kept, here speeds up mlx-lm too; `whole_run.py` has processes of their own.
 
 `share_of_arithmetic` is the ratio over what matrix products allow, (1 + f + 2h) / (2f + 2hc), with f the
 adapted share of the layers, h the vocabulary projection over the body and c the supervised share of the
