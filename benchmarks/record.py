@@ -6,38 +6,72 @@ import datetime
 import json
 import os
 import platform
+import re
+import subprocess
 from collections.abc import Mapping
-from importlib.metadata import version
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+
+PACKAGES = ("tunesmith", "mlx", "mlx-lm", "mlx-cuda-13", "mlx-cuda-12", "prefect", "mlflow", "optuna")
 
 
 def record(name: str, figures: Mapping[str, float], quick: bool, details: Any = None) -> None:
     """Print `{"name": …, "figures": {…}}` as the last line; a full (not quick) run is kept in a file too."""
     if not quick:
         whole = {"name": name, "figures": figures, **machine(), "details": details}
-        path = RESULTS / f"{name}-{platform.system().lower()}.json"
+        path = RESULTS / f"{name}-{machine_name()}.json"
         path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
         print(f"written: {path}")
     print(json.dumps({"name": name, "figures": figures}))
 
 
 def machine() -> dict[str, Any]:
-    """Date, machine and versions that the figures hold for."""
+    """Date, machine, versions and commit that the figures hold for."""
     import psutil
 
     from tasks.models.device import device_name
 
-    packages = ("tunesmith", "mlx", "mlx-lm", "prefect", "mlflow", "optuna")
     return {
         "date": datetime.date.today().isoformat(),
+        "commit": commit(),
         "machine": {
             "device": device_name(),
             "system": f"{platform.system()} {platform.machine()}",
             "cores": os.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **_versions()},
     }
+
+
+def machine_name() -> str:
+    """The GPU's name as a part of file names, or the system's where there is none."""
+    from tasks.models.device import device_name, on_gpu
+
+    if not on_gpu():
+        return platform.system().lower()
+    return re.sub(r"[^a-z0-9]+", "-", device_name().partition(": ")[2].lower())
+
+
+@cache
+def commit() -> str:
+    """Of the checkout, "-dirty" where it holds more; `COMMIT` where the code is a copy without history."""
+    if given := os.environ.get("COMMIT"):
+        return given
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
