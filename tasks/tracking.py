@@ -496,13 +496,20 @@ def read_text(settings: TrackingSettings, run_id: str, name: str) -> str | None:
 def read_folder(settings: TrackingSettings, run_id: str, name: str) -> Path | None:
     """The folder `name` of a run's artifacts: where it lies, or from elsewhere fetched once into the cache.
 
-    None when the run has no such folder.
+    None when there is no such run, or it has no such folder.
     """
     from urllib.parse import unquote, urlparse
 
+    from mlflow.exceptions import MlflowException
+
     client, _, _ = connect(settings)
-    if not client.list_artifacts(run_id, name):
-        return None
+    try:
+        if not client.list_artifacts(run_id, name):
+            return None
+    except MlflowException as error:
+        if error.error_code in NEVER:
+            return None
+        raise
     place = urlparse(str(client.get_run(run_id).info.artifact_uri))
     if place.scheme in ("", "file"):
         return Path(unquote(place.path)) / name
