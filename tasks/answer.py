@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.errors import InputError
-from tasks.models.load import load_model
-from tasks.prepare.rows import Messages
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
+
+    from tasks.prepare.rows import Messages
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Answering:
         template: str | None = None,
         system_prompt: str | None = None,
     ) -> None:
+        from tasks.models.load import load_model
         from tasks.prepare.tokenise import chat_encoder
         from tasks.train.adapters import load_adapter
         from tasks.train.soft_prompt import prefix_ids

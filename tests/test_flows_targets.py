@@ -20,6 +20,8 @@ from tasks.tracking import mlflow_run
 from tasks.train.adapters import adapter_config, adapter_weights, add_adapter, save_adapter
 from tasks.train.use import USE_FILE, read_use, write_use
 
+pytestmark = pytest.mark.usefixtures("store")
+
 
 @pytest.fixture
 def base(tiny_model: ModelFolder, tmp_path: Path) -> ModelFolder:

@@ -21,6 +21,8 @@ from tasks.register.versions import find_version, registered_versions
 from tasks.tracking import mlflow_run
 from tasks.train.use import write_use
 
+pytestmark = pytest.mark.usefixtures("store")
+
 NAME = "tiny-sums"
 HERE = TrackingSettings()
 
@@ -77,8 +79,8 @@ def runs(tmp_path: Path, tiny_model: ModelFolder, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def client(home: Path) -> MlflowClient:
-    return MlflowClient(f"sqlite:///{home}/mlflow.db")
+def client(store: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{store}")
 
 
 def holders(client: MlflowClient) -> dict[str, str]:
