@@ -84,6 +84,16 @@ def test_models_shows_versions_aliases_figures_runs_and_how_to_use_the_champion(
     assert "mlflow models serve -m models:/sums@champion --env-manager local" in shown
 
 
+def test_help_names_the_verbs_of_shipping_before_those_of_operating(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shown = done(capsys, "--help")
+    group = shown[shown.index("─ Ship ─") : shown.index("─ Operate ─")]
+    assert all(
+        f" {verb} " in group for verb in ("models", "promote", "rollback", "chat", "generate", "serve")
+    )
+
+
 def test_models_as_json_tells_everything(versions: str, capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(done(capsys, "models", "sums", "--json"))
     assert [version["version"] for version in told] == [3, 2, 1]

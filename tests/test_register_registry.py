@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tasks.evaluate.side_by_side import Evaluation
 from tasks.models.folder import ModelFolder
 from tasks.publish import StepOutput, write_json
 from tasks.register import registry
-from tasks.register.champion import promote, roll_back
+from tasks.register.champion import promote, registry_lock, roll_back
 from tasks.register.registry import Candidate, Registration, register_adapter, registry_name
 from tasks.register.versions import find_version, registered_versions
 from tasks.tracking import mlflow_run
@@ -223,6 +224,17 @@ def test_a_version_that_is_not_there_is_named_beside_those_that_are(
         find_version(HERE, NAME, which)
     with pytest.raises(InputError, match="no registered model 'other'; there are tiny-sums"):
         registered_versions(HERE, "other")
+
+
+def test_two_processes_do_not_judge_and_move_at_once(runs: Registry) -> None:
+    runs.add("a", 2.0)
+    runs.add("b", 1.5)
+    with ThreadPoolExecutor(1) as pool, registry_lock():
+        moving = pool.submit(roll_back, HERE, NAME)
+        with pytest.raises(TimeoutError):
+            moving.result(timeout=2)
+        assert find_version(HERE, NAME, "champion").number == 2
+    assert moving.result().now == 1
 
 
 def test_names_become_what_mlflow_allows() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tasks.models.folder import ModelFolder
 from tasks.models.resolve import resolve_model
 from tasks.prepare.pipeline import prepare_data
 from tasks.register.champion import roll_back
+from tasks.register.mlflow_model import CODE_FILE
 from tasks.register.registry import Candidate, Registration, register_adapter
 from tasks.register.versions import find_version
 from tasks.tracking import mlflow_run, read_folder
@@ -156,6 +158,12 @@ def test_a_version_whose_base_is_gone_says_so(settings: Settings, store: Path, t
     folder = read_folder(HERE, find_version(HERE, "sums", "1").run_id, "adapter")
     with pytest.raises(InputError, match=f"{base}.*no such file or folder"):
         mlflow.pyfunc.load_model(str(folder))
+
+
+def test_without_tunesmith_a_version_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tasks.register.served", None)
+    with pytest.raises(ImportError, match="install Tunesmith into this environment"):
+        runpy.run_path(str(CODE_FILE))
 
 
 def asked(url: str, body: dict[str, Any] | None, process: subprocess.Popen[bytes]) -> Any:
