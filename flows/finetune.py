@@ -51,7 +51,7 @@ def finetune(settings: Settings, resumed: str | None = None) -> Outcome:
         evaluation = evaluate(settings.evaluate, model, adapter, data, run, settings.train)
         fused = fuse(settings.fuse, model, adapter, data) if settings.fuse.enabled else None
         registration = (
-            register(settings.register_, registered_name(settings, model), model, adapter, evaluation, run)
+            register(settings, registered_name(settings, model), model, adapter, data, evaluation, run)
             if settings.register_.enabled
             else None
         )

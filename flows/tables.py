@@ -278,8 +278,7 @@ def _print_places(console: Console, outcome: Outcome) -> None:
         console,
         {
             "look": "tunesmith ui",
-            "use": f"mlx_lm.generate --model {finished.model.path} --adapter-path {finished.adapter.path} "
-            '--prompt "…"',
+            "use": f"tunesmith chat {finished.run.id[:8]}",
         },
     )
 

@@ -205,6 +205,9 @@ class RegisterSettings(Section):
         description="registered model; by default base model and data, joined",
     )
     promote: Literal["if-better", "always", "never"] = Field("if-better", description="when @champion moves")
+    metric: str = Field(
+        "test_loss", min_length=1, description="figure of the evaluation that decides: test_loss, chrf, …"
+    )
 
 
 class LearningRateRange(Section):

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pickle
-import shutil
 import signal
 import socket
 import sqlite3
@@ -42,19 +41,7 @@ from tasks.tracking import (
 PATIENCE_S = 60.0
 
 
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty store: making its tables takes a second, a copy of it none."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture(autouse=True)
-def store(home: Path, migrated: Path) -> None:
-    shutil.copyfile(migrated, home / "mlflow.db")
+pytestmark = pytest.mark.usefixtures("store")
 
 
 def curve(run_id: str, name: str = "train_loss", uri: str | None = None) -> list[tuple[int, float]]:
