@@ -22,11 +22,12 @@ from tasks.publish import fingerprint
 Metric = Callable[[str, str, str], float]
 """Of answer, reference and prompt."""
 
-TAKEN = frozenset(
-    "prompt reference answer tokens seconds finished loss rows answers bleu bleu_counts chrf rouge_l exact_match "
-    "exact_match_normalised format_valid empty repetition cut_off test_loss perplexity token_accuracy general_loss "
-    "answer_tokens latency_s tokens_per_second".split()
-)
+TAKEN = {
+    "answer", "answer_tokens", "answers", "bleu", "bleu_counts", "chrf", "cut_off", "empty",
+    "exact_match", "exact_match_normalised", "finished", "format_valid", "general", "general_loss",
+    "latency_s", "perplexity", "prompt", "reference", "repetition", "rouge_l", "rows", "seconds",
+    "test_loss", "token_accuracy", "tokens", "tokens_per_second",
+}  # fmt: skip
 """Names that figures and columns of an evaluation have already."""
 
 
@@ -100,7 +101,8 @@ def _function(file: Path, name: str) -> Metric:
 def _module(file: Path) -> ModuleType:
     name = f"tunesmith_metrics_{fingerprint(str(file))}"
     spec = importlib.util.spec_from_file_location(name, file)
-    assert spec and spec.loader  # of every .py file
+    assert spec is not None  # of every .py file
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses look their annotations up
     try:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 PACKAGES = (
-    "cyclopts", "datasketch", "fastapi", "filelock", "gguf", "jinja2", "matplotlib", "mlflow", "mlx", "mlx-lm",
-    "numpy", "optuna", "pandas", "platformdirs", "prefect", "psutil", "pyarrow", "pydantic", "pyyaml", "rich",
-    "sacrebleu", "safetensors", "sqlalchemy", "tokenizers", "transformers", "zstandard",
+    "cyclopts", "datasketch", "fastapi", "filelock", "gguf", "jinja2", "matplotlib", "mlflow", "mlx",
+    "mlx-lm", "numpy", "optuna", "pandas", "platformdirs", "prefect", "psutil", "pyarrow", "pydantic",
+    "pyyaml", "rich", "sacrebleu", "safetensors", "sqlalchemy", "tokenizers", "transformers", "zstandard",
 )  # fmt: skip
 """What this project depends on."""
 
@@ -75,11 +75,10 @@ def _all_texts() -> tuple[str, ...]:
 def _prose(package: str) -> Iterator[str]:
     """The paragraphs of a package's description that are sentences, without their markup."""
     try:
-        metadata = distribution(package).metadata
+        description = distribution(package).metadata.json.get("description")
     except PackageNotFoundError:
         return
-    description = metadata.get("Description") or metadata.get_payload() or ""
-    for paragraph in _paragraphs(str(description)):
+    for paragraph in _paragraphs(str(description or "")):
         text = MARKUP.sub("", LINK.sub(lambda link: link[1] or link[2] or "", paragraph))
         if SHORTEST <= len(text) <= LONGEST and SENTENCES.fullmatch(text):
             yield text

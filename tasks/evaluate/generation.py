@@ -109,7 +109,7 @@ def end_turn_at(tokenizer: TokenizerWrapper, template: str | None) -> None:
 
 
 def batches(model: Any) -> bool:
-    """Whether mlx-lm (0.32.2) can batch this model: every layer's cache knows how to be joined with others."""
+    """Whether mlx-lm (0.32.2) can batch this model: the cache of every layer can be joined with others."""
     from mlx_lm.models.cache import make_prompt_cache
 
     return all(hasattr(cache, "merge") for cache in make_prompt_cache(model))

@@ -55,7 +55,7 @@ def ratio_interval(
     columns = columns[:, columns[2] > 0]
 
     def difference(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-        return (totals[:, 1] - totals[:, 0]) / totals[:, 2]  # type: ignore[no-any-return]
+        return (totals[:, 1] - totals[:, 0]) / totals[:, 2]
 
     return interval(columns, difference, seed)
 

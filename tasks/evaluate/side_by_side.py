@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -83,7 +85,8 @@ def evaluate_adapter(
     metrics |= {f"test/{name}": value for name, value in numbers(tuned).items()}
     for name, found in evaluation.changes().items():
         metrics |= {f"change/{name}": found.change}
-        metrics |= {f"change/{name}_low": found.low, f"change/{name}_high": found.high}
+        if math.isfinite(found.high):
+            metrics |= {f"change/{name}_low": found.low, f"change/{name}_high": found.high}
     run.report(0, {"test_loss": tuned["test_loss"], **metrics})
     if "answers" in tuned:
         run.set_tags({f"tunesmith.{name}": written for name, written in signatures().items()})
@@ -161,8 +164,6 @@ def worst_and_best(answers: Sequence[Mapping[str, Any]]) -> tuple[list[int], lis
 @cache
 def _changes_of(base: Path, tuned: Path, seed: int) -> Mapping[str, Interval]:
     """Of published outputs, which never change."""
-    import json
-
     before, after = (
         json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8")) for folder in (base, tuned)
     )

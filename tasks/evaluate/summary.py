@@ -30,7 +30,8 @@ MEANINGS = {
 """What tables call the figures, in their order; chrF before BLEU, which is 0 on answers of a few words."""
 
 SHARES = {
-    "token_accuracy", "exact_match", "exact_match_normalised", "format_valid", "empty", "repetition", "cut_off",
+    "token_accuracy", "exact_match", "exact_match_normalised", "format_valid", "empty", "repetition",
+    "cut_off",
 }  # fmt: skip
 
 
