@@ -75,7 +75,7 @@ def test_settings_take_a_file_and_a_function_and_nothing_else(
     settings = load_settings(None, ["evaluate.metrics=[mine.py:score]"])
     assert settings.evaluate.metrics == (f"{tmp_path}/mine.py:score",)
     for wrong in ("mine.py", "mine:score", "mine.py:"):
-        with pytest.raises(InputError, match="path/to/file.py:function"):
+        with pytest.raises(InputError, match=r"path/to/file\.py:function"):
             load_settings(None, [f"evaluate.metrics=['{wrong}']"])
 
 

@@ -71,7 +71,7 @@ def test_a_soft_prompt_stands_in_front_of_the_rows(token_rows: TokenRows) -> Non
 def test_the_loss_is_mlx_lms_own_but_for_its_dropped_rows_and_its_supervised_padding(
     token_rows: TokenRows,
 ) -> None:
-    """mlx-lm 0.32.2 leaves out the longest rows and learns one padding token (id 0) after each shorter row."""
+    """mlx-lm 0.32.2 leaves out the longest rows, and counts a padding token (id 0) after each shorter row."""
     network = tiny_network()
     batch_size = 4
     spans = [token_rows.row(index) for index in range(len(token_rows))]

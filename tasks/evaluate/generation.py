@@ -2,8 +2,10 @@
 
 With temperature 0 the text of an answer is that of `mlx_lm.generate` with the prompt alone, but for float
 rounding: mlx-lm's batch caches mask their padding and count positions row by row, so no row sees another;
-only the sums of a matrix product may run in another order. Sampled answers do not depend on the batch
-either: each draws from keys of its own.
+only the sums of a matrix product may run in another order. Not every architecture keeps to that (mlx-lm
+0.32.2: gemma2 lays the masks of a batch's rows over its heads, Mamba's state runs through the padding), so
+two short prompts are first answered both ways. Sampled answers do not depend on the batch either: each
+draws from keys of its own.
 """
 
 from __future__ import annotations
@@ -27,6 +29,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PROBE_LENGTHS = (2, 12)
+"""Prompts (tokens) on which batching is held to the plain way: the shorter one is padded."""
+
+PROBE_STEPS, PROBE_TOKEN = 2, 5
+
+TOLERANCES = {mx.float32: 1e-3, mx.float16: 2e-2, mx.bfloat16: 0.15}
+"""Largest difference of log-probabilities: the same sums in another order."""
+
 Sampler = Callable[[mx.array], mx.array]
 """From log-probabilities (1, vocabulary) to a token (1,)."""
 
@@ -40,15 +50,20 @@ class Answer:
 
     Attributes:
         text: without the end of turn, white space around it removed.
-        tokens: written, the end of turn not counted.
+        ids: of the tokens written, without the end of turn.
         seconds: from the start of the batch step that took up its prompt to its last token.
         finished: False where `max_tokens` cut it off.
     """
 
     text: str
-    tokens: int
+    ids: list[int]
     seconds: float
     finished: bool
+
+    @property
+    def tokens(self) -> int:
+        """How many were written."""
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -88,14 +103,17 @@ def answer_prompts(
     model, tokenizer = loaded.model, loaded.tokenizer
     in_front = prefix_ids(model)
     asked = [in_front + prompt for prompt in prompts]
-    write = _written_together if batches(model) else _written_alone
-    started = time.perf_counter()
     drafts = [_Draft() for _ in asked]
     with evaluating(model), progress(title, total=len(asked)) as bar:
+        fault = batching_fault(model, in_front)
+        if fault:
+            log.warning("answers are written one by one, which is slower: %s", fault)
+        write = _written_alone if fault else _written_together
+        started = time.perf_counter()
         for row in write(model, tokenizer, asked, settings, drafts):
             drafts[row].seconds = time.perf_counter() - drafts[row].started_s
             bar.advance(1)
-    seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started
     return Answers([_answer(draft, tokenizer) for draft in drafts], seconds)
 
 
@@ -108,16 +126,59 @@ def end_turn_at(tokenizer: TokenizerWrapper, template: str | None) -> None:
     tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, ids[last]}
 
 
-def batches(model: Any) -> bool:
-    """Whether mlx-lm (0.32.2) can batch this model: the cache of every layer can be joined with others."""
-    from mlx_lm.models.cache import make_prompt_cache
+def batching_fault(model: Any, in_front: Sequence[int] = ()) -> str:
+    """Why this model's answers in a batch would not be those alone; empty when they are the same.
 
-    return all(hasattr(cache, "merge") for cache in make_prompt_cache(model))
+    Args:
+        in_front: of every prompt, as a soft prompt is.
+    """
+    prompts = [[*in_front, *range(3, 3 + length)] for length in PROBE_LENGTHS]
+    alone = [_first_steps(model, prompt) for prompt in prompts]
+    try:
+        together = _first_steps_together(model, prompts)
+    except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+        return str(error)
+    difference = max(
+        float(mx.abs(left - right).max())
+        for ours, theirs in zip(together, alone, strict=True)
+        for left, right in zip(ours, theirs, strict=True)
+    )
+    tolerance = TOLERANCES.get(alone[0][0].dtype, max(TOLERANCES.values()))
+    return "" if difference <= tolerance else f"log-probabilities differ by {difference:.2g}"
+
+
+def _first_steps(model: Any, prompt: list[int]) -> list[mx.array]:
+    """Log-probabilities (vocabulary,) of the first tokens of an answer, which are always the same."""
+    from mlx_lm.generate import generate_step
+
+    steps = generate_step(mx.array(prompt), model, max_tokens=PROBE_STEPS, sampler=_always)
+    return [log_probabilities for _, log_probabilities in steps]
+
+
+def _first_steps_together(model: Any, prompts: list[list[int]]) -> list[list[mx.array]]:
+    """As `_first_steps`, of several prompts in a batch."""
+    from mlx_lm.generate import BatchGenerator
+
+    generator = BatchGenerator(model, sampler=_always, prefill_batch_size=len(prompts))
+    try:
+        steps: dict[int, list[mx.array]] = {
+            uid: [] for uid in generator.insert(prompts, [PROBE_STEPS] * len(prompts))
+        }
+        while any(len(found) < PROBE_STEPS for found in steps.values()):
+            for step in generator.next()[1]:
+                steps[step.uid].append(step.logprobs)
+    finally:
+        generator.close()
+    return list(steps.values())
+
+
+def _always(log_probabilities: mx.array) -> mx.array:
+    return mx.full(log_probabilities.shape[:1], PROBE_TOKEN, mx.uint32)
 
 
 def _answer(draft: _Draft, tokenizer: TokenizerWrapper) -> Answer:
     text = tokenizer.decode(draft.ids)
-    return Answer(text.strip(), len(draft.ids), draft.seconds, draft.finished)
+    return Answer(text.strip(), draft.ids, draft.seconds, draft.finished)
 
 
 def _written_together(
@@ -175,7 +236,6 @@ def _written_alone(
     """As `_written_together`, one prompt after the other."""
     from mlx_lm.generate import generate_step
 
-    log.warning("answers are written one by one, which is slower: mlx-lm cannot batch this model's cache")
     for row, prompt in enumerate(prompts):
         draft = drafts[row]
         draft.started_s = time.perf_counter()

@@ -164,8 +164,6 @@ def _answers(
     who: str,
 ) -> dict[str, Any]:
     """The answers to the last questions of some chats, not scored yet."""
-    from dataclasses import asdict
-
     from tasks.evaluate.generation import answer_prompts
     from tasks.prepare.tokenise import encode_prompt
 
@@ -177,7 +175,15 @@ def _answers(
         written = answer_prompts(loaded, prompts, settings, f"answers, {who}")
         return {
             "tokens_per_second": written.tokens_per_second,
-            "answers": [asdict(answer) for answer in written.answers],
+            "answers": [
+                {
+                    "text": answer.text,
+                    "tokens": answer.tokens,
+                    "seconds": answer.seconds,
+                    "finished": answer.finished,
+                }
+                for answer in written.answers
+            ],
         }
 
     how = settings.model_dump(mode="json", include=set(WRITING))
