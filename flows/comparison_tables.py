@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from flows.evaluate import Measured
 
 BENEATH = (
-    "its change from the base and the 95% interval of that, in colour where it is more than chance in the "
-    "choice of the rows."
+    "its change from the base (or the first model) and the 95% interval, in colour where it is more "
+    "than chance in the choice of the rows."
 )
 OTHER_DATA = (
     "The runs have different data, and different test rows: 'tunesmith evaluate' with --data measures them "

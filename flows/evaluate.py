@@ -1,4 +1,4 @@
-"""What `tunesmith evaluate` does: any number of models on the same rows, each beside its base."""
+"""What `tunesmith evaluate` does: any number of models on the same rows, adapters beside their base."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ class Measured:
     Attributes:
         name: for people.
         figures: as `tasks.evaluate.measure.measure` wrote them.
-        against: the name of its base in the same table; None for a base itself.
-        changes: from that base to this model, by figure; empty without one.
+        against: what it is compared with, its base, or the first model of the table; None for that itself.
+        changes: from that to this model, by figure; empty without one.
         tokens: identifies the rows as tokens: losses compare where it is equal.
         seen: rows measured that this model was trained on, as far as that is known.
     """
@@ -74,7 +74,7 @@ class Measured:
 
 
 def evaluate_targets(words: Sequence[str], data: str | None, all_rows: bool = False) -> list[Measured]:
-    """Measure what is named and the base of each, bases first; what was measured before is taken from there.
+    """Measure what is named, and first the bases of adapters; what was measured before is taken from there.
 
     Settings are those of the first run among the targets, else the defaults, with overrides laid over them.
 
@@ -92,17 +92,21 @@ def evaluate_targets(words: Sequence[str], data: str | None, all_rows: bool = Fa
         raise InputError(f"nothing to evaluate; {FORMS}")
     settings = _settings(targets, data, overrides)
     splits = SPLITS if all_rows else TEST
-    bases = {target.model.fingerprint: Target(target.model.name, target.model) for target in targets}
+    bases = [Target(target.model.name, target.model) for target in targets if target.adapter]
     measured: dict[tuple[str, str], Measured] = {}
-    for target in [*bases.values(), *targets]:
+    for target in [*bases, *targets]:
         key = (target.model.fingerprint, adapter_digest(target.adapter) if target.adapter else "")
         if key not in measured:
-            base = measured.get((target.model.fingerprint, ""))
-            measured[key] = _measured(target, base, settings, splits)
+            of_base = measured.get((target.model.fingerprint, ""))
+            earlier = [of_base] if of_base else [*measured.values()]
+            measured[key] = _measured(target, earlier, settings, splits)
     return list(measured.values())
 
 
-def _measured(target: Target, base: Measured | None, settings: Settings, splits: Sequence[str]) -> Measured:
+def _measured(
+    target: Target, earlier: Sequence[Measured], settings: Settings, splits: Sequence[str]
+) -> Measured:
+    """Measure a target and compare it with the first of `earlier` that reads the rows as the same tokens."""
     data = prepare_data(settings.data, target.model)
     if target.template is not None and target.template != load_template(data.path):
         log.warning(
@@ -114,11 +118,10 @@ def _measured(target: Target, base: Measured | None, settings: Settings, splits:
     if target.adapter:
         adapter = StepOutput(target.adapter, adapter_digest(target.adapter), True, 0.0)
     output = measure(settings.evaluate, target.model, adapter, data, splits)
-    found = Measured(target.name, output.read_json(EVALUATION_FILE), None, {}, data.fingerprint)
-    if base is None:
-        return found
-    changes = compared(base.figures, found.figures, settings.evaluate.seed)
-    return replace(found, against=base.name, changes=changes, seen=_rows_seen(target, data, splits))
+    figures, seen = output.read_json(EVALUATION_FILE), _rows_seen(target, data, splits)
+    base = next((one for one in earlier if one.tokens == data.fingerprint), None)
+    changes = compared(base.figures, figures, settings.evaluate.seed) if base else {}
+    return Measured(target.name, figures, base.name if base else None, changes, data.fingerprint, seen)
 
 
 def _settings(targets: Sequence[Target], data: str | None, overrides: Sequence[str]) -> Settings:

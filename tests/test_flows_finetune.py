@@ -63,7 +63,10 @@ def test_one_flow_leaves_a_complete_mlflow_run_an_adapter_and_a_report(settings:
     assert {"adapter", "data", "evaluation.json", "report"} <= kept
     adapter = {path.path for path in client.list_artifacts(finished.run.id, "adapter")}
     assert {"adapter/adapters.safetensors", "adapter/adapter_config.json"} <= adapter
-    assert "<svg" in outcome.report.read_text()
+    page = outcome.report.read_text()
+    assert "<svg" in page
+    assert "change, 95% interval" in page
+    assert "The worst answers" in page
     assert finished.reused() == []
 
 
