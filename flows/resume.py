@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,16 +54,23 @@ def find_interrupted(reference: str) -> Interrupted:
     tracking = TrackingSettings()
     where = CREDENTIALS.sub("://***@", tracking_uri(tracking))
     run = _chosen(reference, stored_runs(tracking), where)
-    text = read_text(tracking, run.id, SETTINGS_FILE)
-    if text is None:
+    settings = settings_of(tracking, run.id)
+    if settings is None:
         raise InputError(f"run {run.id} ({run.name}) has no {SETTINGS_FILE}: only a finetune can be resumed")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / SETTINGS_FILE
-        path.write_text(text, encoding="utf-8")
-        settings = load_settings(path)
     # The store is where the run was found: an address kept in the run has lost its password.
     found = settings.tracking.model_copy(update={"uri": tracking.uri})
     return Interrupted(run.id, settings.model_copy(update={"tracking": found}))
+
+
+def settings_of(tracking: TrackingSettings, run_id: str, overrides: Sequence[str] = ()) -> Settings | None:
+    """The settings a run keeps, with overrides laid over them; None when it keeps none."""
+    text = read_text(tracking, run_id, SETTINGS_FILE)
+    if text is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / SETTINGS_FILE
+        path.write_text(text, encoding="utf-8")
+        return load_settings(path, overrides)
 
 
 def _chosen(reference: str, runs: list[StoredRun], where: str) -> StoredRun:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from flows.hypersearch import SearchOutcome
     from tasks.config import Settings
 
+SUMMARISED = {"test_loss", "general_loss", "chrf"}
+"""Figures of the evaluation that are shown at the end of a finetune; the report has them all."""
+
 SAMPLES = 2
 FAULTS_SHOWN = 3
 PIECE_SHOWN = 600
@@ -50,6 +53,7 @@ def print_check(console: Console, check: Check) -> None:
 
 def print_outcome(console: Console, outcome: Outcome, seconds: float) -> None:
     """The summary of a finetune that took `seconds`: figures, samples, places, what to do next."""
+    from tasks.evaluate.summary import evaluation_lines
     from tasks.train.step import TRAINING_FILE
 
     finished = outcome.finished
@@ -63,8 +67,9 @@ def print_outcome(console: Console, outcome: Outcome, seconds: float) -> None:
     table.add_row(
         "test perplexity", f"{base['perplexity']:.2f}", f"{tuned['perplexity']:.2f}", f"{ratio:+.0%}"
     )
-    if "chrf" in tuned:
-        table.add_row("answers, chrF", f"{base['chrf']:.1f}", f"{tuned['chrf']:.1f}", "of 100")
+    for line in evaluation_lines(figures, finished.evaluation.changes()):
+        if line.name in SUMMARISED:
+            table.add_row(line.label, line.base, line.tuned, f"{line.change} {line.verdict}")
     console.print()
     console.print(table)
     console.print(

@@ -70,7 +70,7 @@ def find_target(text: str) -> Target:
         return version_target(name, number)
     if is_hub_name(text) or "/" in text or text.endswith(".gguf"):
         return _model(text)
-    return run_target(_chosen(text))
+    return run_target(chosen_run(text))
 
 
 def newest_target() -> Target:
@@ -132,8 +132,12 @@ def _model(source: str) -> Target:
     return Target(source, resolve_model(ModelSettings(source=source)))
 
 
-def _chosen(reference: str) -> StoredRun:
-    """The run meant; of several of one name the newest that is finished."""
+def chosen_run(reference: str) -> StoredRun:
+    """The run meant; of several of one name the newest that is finished.
+
+    Raises:
+        InputError: there is none, or several have an id that begins like this.
+    """
     runs = stored_runs(TrackingSettings())
     named = [run for run in runs if run.name == reference]
     if named:

@@ -178,12 +178,51 @@ class TrainSettings(Section):
         return self
 
 
+def _metric_file(metric: str) -> str:
+    """`file.py:function` with the file absolute: a run may be resumed from another folder."""
+    file, colon, function = metric.rpartition(":")
+    if not colon or not file.endswith(".py") or not function.isidentifier():
+        raise ValueError("give a Python file and a function in it: path/to/file.py:function")
+    return f"{Path(file).expanduser().absolute()}:{function}"
+
+
+def _answer_format(wanted: str | None) -> str | None:
+    if wanted not in (None, "json"):
+        try:
+            re.compile(str(wanted))
+        except re.error as error:
+            raise ValueError(f"neither 'json' nor a regular expression: {error}") from None
+    return wanted
+
+
 class EvaluateSettings(Section):
     """The comparison of base and tuned on the test rows."""
 
     samples: int = Field(8, ge=0, description="test prompts answered by base and tuned")
     max_tokens: int = Field(48, ge=1, description="longest answer (tokens)")
-    batch_size: int = Field(8, ge=1, description="rows a forward pass")
+    batch_size: int = Field(8, ge=1, description="rows a forward pass, and answers written at once")
+    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token, 1 samples as learnt")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample among the likeliest tokens of this mass")
+    top_k: int | None = Field(None, ge=1, description="sample among this many of the likeliest tokens")
+    repetition_penalty: float = Field(
+        1.0, ge=1, le=10, description="divides the logits of the last 20 tokens; 1 for none"
+    )
+    seed: int = Field(0, ge=0, description="of sampling and of the intervals")
+    format: Annotated[str | None, AfterValidator(_answer_format)] = Field(
+        None, description="what an answer has to be: json, or a regular expression for all of it"
+    )
+    metrics: tuple[Annotated[str, AfterValidator(_metric_file)], ...] = Field(
+        (), description="metrics of your own, path/to/file.py:function (answer, reference, prompt -> number)"
+    )
+    general_rows: int = Field(
+        16, ge=0, description="texts on which general ability is compared, 64 tokens each; 0 for none"
+    )
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> EvaluateSettings:
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k is not None):
+            raise ValueError("top_p and top_k choose among what is sampled; give a temperature above 0")
+        return self
 
 
 class FuseSettings(Section):

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from prefect.artifacts import Artifact
 
 from flows.finetune import Outcome, finetune, run_name
 from flows.hypersearch import hypersearch
@@ -63,7 +64,13 @@ def test_one_flow_leaves_a_complete_mlflow_run_an_adapter_and_a_report(settings:
     assert {"adapter", "data", "evaluation.json", "report"} <= kept
     adapter = {path.path for path in client.list_artifacts(finished.run.id, "adapter")}
     assert {"adapter/adapters.safetensors", "adapter/adapter_config.json"} <= adapter
-    assert "<svg" in outcome.report.read_text()
+    page = outcome.report.read_text()
+    assert "<svg" in page
+    assert "change, 95% interval" in page
+    assert "The worst answers" in page
+    artifact = Artifact.get("evaluation")
+    assert artifact is not None
+    assert "test loss" in str(artifact.data)
     assert finished.reused() == []
 
 

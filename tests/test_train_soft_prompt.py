@@ -137,7 +137,8 @@ def test_evaluation_and_generation_put_the_prompt_in_front(
 ) -> None:
     """Generated token by token with a cache, and without one from the whole row."""
     from tasks.config import EvaluateSettings
-    from tasks.evaluate.measure import _generate, measure
+    from tasks.evaluate.generation import answer_prompts
+    from tasks.evaluate.measure import measure
 
     loaded = load_model(tiny_model.path)
     add_adapter(loaded.model, CONFIG, 0)
@@ -151,9 +152,9 @@ def test_evaluation_and_generation_put_the_prompt_in_front(
     for _ in range(4):
         ids = mx.array([[*prefix_ids(loaded.model), *prompt, *expected]])
         expected.append(int(mx.argmax(loaded.model(ids)[0, -1])))
-    settings = EvaluateSettings(samples=0, max_tokens=4)
-    texts, _ = _generate(loaded, [prompt], settings, "tuned")
-    assert texts == [loaded.tokenizer.decode(expected).strip()]
+    settings = EvaluateSettings(samples=0, max_tokens=4, general_rows=0)
+    [answer] = answer_prompts(loaded, [prompt], settings, "").answers
+    assert answer.ids == expected
 
     output = StepOutput(tmp_path, "a", False, 0.0)
     measured = measure(settings, tiny_model, output, output).read_json("evaluation.json")["test_loss"]

@@ -49,11 +49,13 @@ def load(config: Path | None, overrides: list[str] | None) -> Settings:
 
 def check(settings: Settings) -> None:
     """Find the faults that can be known before anything is started."""
+    from tasks.evaluate.custom_metrics import load_metrics
     from tasks.models.resolve import check_model
     from tasks.prepare.sources import check_source
 
     check_source(settings.data)
     check_model(settings.model)
+    load_metrics(settings.evaluate.metrics)
 
 
 @contextmanager

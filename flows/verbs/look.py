@@ -2,7 +2,77 @@
 
 from __future__ import annotations
 
-from flows.verbs.frame import LOOK, Config, advised_screen, app, load
+import json
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from flows.verbs.frame import (
+    LOOK,
+    Config,
+    advised_screen,
+    app,
+    load,
+    quiet_prefect,
+    quiet_screen,
+)
+
+AsJson = Annotated[bool, Parameter(name="--json", negative=(), help="print JSON, and nothing else")]
+
+
+@app.command(group=LOOK)
+def compare(runs: list[str], /, *, as_json: AsJson = False) -> None:
+    """Put runs side by side: the settings in which they differ, and the figures that moved.
+
+    Parameters
+    ----------
+    runs
+        two or more MLflow runs: ids, beginnings of ids, or names
+    """
+    quiet_prefect()
+    from flows.compare import compare_runs
+    from flows.comparison_tables import print_comparison
+
+    with quiet_screen():
+        comparison = compare_runs(runs)
+    if as_json:
+        print(json.dumps(comparison.as_json(), indent=2))
+    else:
+        print_comparison(Console(), comparison)
+
+
+@app.command(group=LOOK)
+def evaluate(
+    models: list[str],
+    /,
+    *,
+    data: str | None = None,
+    all_rows: Annotated[bool, Parameter(negative=())] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure models on the same rows, each beside its base: losses, answers, scores, intervals.
+
+    Parameters
+    ----------
+    models
+        runs (id or name), NAME@champion, adapter folders, or what model.source takes; and settings, as
+        evaluate.samples=64: others are those of the first run, or the defaults
+    data
+        what data.source takes; by default the data of the runs, which have to be the same
+    all_rows
+        measure all rows of the data, not the test rows only: for rows that nothing was trained on
+    """
+    quiet_prefect()
+    from flows.comparison_tables import print_measured
+    from flows.evaluate import evaluate_targets
+
+    with quiet_screen():
+        measured = evaluate_targets(models, data, all_rows)
+    if as_json:
+        print(json.dumps([one.as_json() for one in measured], indent=2))
+    else:
+        print_measured(Console(), measured)
 
 
 @app.command(group=LOOK)

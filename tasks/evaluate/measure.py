@@ -1,28 +1,45 @@
-"""What one model, base or tuned, does on the test rows; measured once for equal inputs."""
+"""What one model, base or tuned, does on the test rows; measured once for equal inputs.
+
+The parts have outputs of their own, so that another metric needs no new answers, another length of the
+answers no new losses, and runs that share a base, or a base and its data, share what was measured on it.
+"""
 
 from __future__ import annotations
 
-import math
-import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tasks.config import EvaluateSettings, TrainSettings
+from tasks.models.fingerprints import file_digest
 from tasks.models.folder import ModelFolder
 from tasks.prepare.chats import load_rows, load_template
-from tasks.prepare.splits import load_splits
-from tasks.progress import progress
-from tasks.publish import StepOutput, run_step, write_json
+from tasks.prepare.splits import TokenRows, load_splits
+from tasks.publish import StepOutput, code_version, fingerprint, run_step, write_json
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
     from tasks.models.load import LoadedModel
-    from tasks.prepare.splits import TokenRows
 
 EVALUATION_FILE = "evaluation.json"
+PART_FILE = "part.json"
+
+WRITING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "batch_size")
+"""Settings that play a part in writing answers; the others judge them."""
+
+TEST = ("test",)
+
+Load = Callable[[], "LoadedModel"]
+
+Frozen = Callable[[TokenRows], AbstractContextManager[TokenRows]]
+"""Rows to the same rows with what the layers that two models share give for them."""
 
 
 @dataclass(frozen=True)
@@ -43,53 +60,86 @@ def measure(
     model: ModelFolder,
     adapter: StepOutput | None,
     data: StepOutput,
+    splits: Sequence[str] = TEST,
     pair: Pair | None = None,
 ) -> StepOutput:
-    """Test loss and sample answers of a model with an adapter, or of the base alone (None).
+    """What a model with an adapter, or the base alone (None), does on rows of prepared data.
 
-    The output's `evaluation.json` holds `test_loss` (nats a supervised token, all test rows),
-    `perplexity`, `chrf` (0 to 100), `exact_match` (share), `tokens_per_second` of generation, and
-    `answers`: prompt, reference, answer and scores of the first `samples` test chats.
+    The output's `evaluation.json` holds, over all rows of `splits`, `test_loss` (nats a supervised token),
+    `perplexity`, `token_accuracy`, and `rows` with `nll`, `correct` and `tokens` of each. With
+    `general_rows` it holds `general_loss`, and `general` with the `rows` of that and what `texts` they are
+    of. With `samples`, where there are chats, it holds `answers` to the last questions of the first of
+    them: prompt, reference, answer, its `tokens`, `seconds` and scores; the means of the scores; `bleu` of
+    all answers together; `cut_off` (share of answers that were too long), `answer_tokens`, `latency_s`
+    (means) and `tokens_per_second`.
 
     Args:
+        data: prepared with this model's tokenizer.
+        splits: whose rows are measured, together.
         pair: this model and another one. It changes no figure but by rounding.
+
+    Raises:
+        InputError: a metric of `settings.metrics` cannot be used.
     """
-    inputs = {
+    from tasks.evaluate.custom_metrics import files_of
+
+    subject = {
         "model": model.fingerprint,
-        "adapter": adapter.fingerprint if adapter else None,
+        "adapter": adapter_digest(adapter.path) if adapter else None,
         "data": data.fingerprint,
-        "settings": settings.model_dump(mode="json"),
+        "splits": list(splits),
+        "code": {step: code_version(step) for step in ("train", "models")},
     }
-    adapter_path = adapter.path if adapter else None
+    inputs = {
+        "part": "all",
+        **subject,
+        "settings": settings.model_dump(mode="json", exclude={"metrics"}),
+        "metrics": [
+            (file_digest(file), one.rpartition(":")[2])
+            for file, one in zip(files_of(settings.metrics), settings.metrics, strict=True)
+        ],
+    }
+
+    @cache
+    def load() -> LoadedModel:
+        return _load(model.path, adapter.path if adapter else None, load_template(data.path))
+
+    def frozen(rows: TokenRows) -> AbstractContextManager[TokenRows]:
+        return _frozen_part(load().model, rows, model, pair)
+
+    who = "tuned" if adapter else "base"
     return run_step(
-        "evaluate", inputs, lambda draft: _measure(draft, settings, model, adapter_path, data, pair)
+        "evaluate",
+        inputs,
+        lambda draft: _measure(draft, settings, subject, load, frozen, data.path, splits, who),
     )
+
+
+def adapter_digest(folder: Path) -> str:
+    """The fingerprint of an adapter's contents, wherever it lies and however it was made."""
+    names = ("adapter_config.json", "adapters.safetensors")
+    return fingerprint({name: file_digest(folder / name) for name in names})
 
 
 def _measure(
     draft: Path,
     settings: EvaluateSettings,
-    model: ModelFolder,
-    adapter: Path | None,
-    data: StepOutput,
-    pair: Pair | None,
+    subject: Mapping[str, Any],
+    load: Load,
+    frozen: Frozen,
+    data: Path,
+    splits: Sequence[str],
+    who: str,
 ) -> None:
-    from tasks.models.load import load_model
-    from tasks.train.adapters import load_adapter
-    from tasks.train.loss import mean_loss
-    from tasks.train.soft_prompt import prefix_ids, with_prefix
+    from tasks.evaluate.custom_metrics import load_metrics
 
-    loaded = load_model(model.path)
-    who = "tuned" if adapter else "base"
-    if adapter:
-        load_adapter(loaded.model, adapter)
-    test = with_prefix(load_splits(data.path)["test"], prefix_ids(loaded.model))
-    with _frozen_part(loaded.model, test, model, pair) as rows:
-        test_loss = mean_loss(loaded.model, rows, settings.batch_size, f"test loss, {who}")
-    figures: dict[str, Any] = {"test_loss": test_loss, "perplexity": math.exp(test_loss)}
-    if settings.samples:
-        chats = [row for row in load_rows(data.path, "test") if "text" not in row][: settings.samples]
-        figures |= _answers(loaded, chats, load_template(data.path), settings, who) if chats else {}
+    metrics = load_metrics(settings.metrics)  # before the work: a person's file may have a fault
+    losses = _losses(settings, subject, load, frozen, data, splits, who)
+    figures = {"test_loss": losses.pop("loss"), **losses}
+    if settings.general_rows and (general := _general(settings, subject, load, data, who)):
+        figures |= {"general_loss": general.pop("loss"), "general": general}
+    if chats := _chats(data, splits, settings.samples):
+        figures |= _scored(chats, _answers(settings, subject, load, data, chats, who), settings, metrics)
     write_json(draft / EVALUATION_FILE, figures)
 
 
@@ -105,64 +155,166 @@ def _frozen_part(
     return for_measuring(network, rows, depth, pair.train, base_identity(base))
 
 
-def _answers(
-    loaded: LoadedModel,
-    chats: list[dict[str, Any]],
-    template: str | None,
+def _losses(
     settings: EvaluateSettings,
+    subject: Mapping[str, Any],
+    load: Load,
+    frozen: Frozen,
+    data: Path,
+    splits: Sequence[str],
     who: str,
 ) -> dict[str, Any]:
-    """Greedy answers to the chats' last questions, and their scores."""
-    from tasks.evaluate.text_metrics import chrf, exact_match
+    from tasks.evaluate.losses import measure_losses
+
+    def make() -> dict[str, Any]:
+        prepared = load_splits(data)
+        with frozen(_together([prepared[split] for split in splits])) as rows:
+            return measure_losses(load().model, rows, settings.batch_size, f"test loss, {who}")
+
+    return _part({"part": "losses", **subject, "batch_size": settings.batch_size}, make)
+
+
+def _general(
+    settings: EvaluateSettings, subject: Mapping[str, Any], load: Load, data: Path, who: str
+) -> dict[str, Any]:
+    """The loss on general texts; empty where there are none. The same texts are the same part of any data."""
+    from tasks.evaluate.general import general_rows, general_texts
+    from tasks.evaluate.losses import measure_losses
+
+    texts = general_texts(settings.general_rows, data)
+    if not texts:
+        return {}
+
+    def make() -> dict[str, Any]:
+        loaded = load()
+        rows = general_rows(texts, loaded.tokenizer)
+        return measure_losses(loaded.model, rows, settings.batch_size, f"general loss, {who}")
+
+    inputs = {key: subject[key] for key in ("model", "adapter", "code")}
+    inputs |= {"part": "general", "texts": fingerprint(texts), "batch_size": settings.batch_size}
+    measured = _part(inputs, make)
+    return {"loss": measured["loss"], "texts": inputs["texts"], "rows": measured["rows"]}
+
+
+def _answers(
+    settings: EvaluateSettings,
+    subject: Mapping[str, Any],
+    load: Load,
+    data: Path,
+    chats: Sequence[dict[str, Any]],
+    who: str,
+) -> dict[str, Any]:
+    """The answers to the last questions of some chats, not scored yet."""
+    from tasks.evaluate.generation import answer_prompts
     from tasks.prepare.tokenise import encode_prompt
 
-    prompts = [
-        encode_prompt(loaded.tokenizer, chat["messages"], chat.get("tools"), template) for chat in chats
-    ]
-    started = time.perf_counter()
-    answers, generated = _generate(loaded, prompts, settings, who)
-    seconds = time.perf_counter() - started
-    table: list[dict[str, Any]] = [
-        {
-            "prompt": question,
-            "reference": reference,
-            "answer": answer,
-            "chrf": chrf(answer, reference),
-            "exact_match": exact_match(answer, reference),
+    def make() -> dict[str, Any]:
+        loaded, template = load(), load_template(data)
+        prompts = [
+            encode_prompt(loaded.tokenizer, chat["messages"], chat.get("tools"), template) for chat in chats
+        ]
+        written = answer_prompts(loaded, prompts, settings, f"answers, {who}")
+        return {
+            "tokens_per_second": written.tokens_per_second,
+            "answers": [
+                {
+                    "text": answer.text,
+                    "tokens": answer.tokens,
+                    "seconds": answer.seconds,
+                    "finished": answer.finished,
+                }
+                for answer in written.answers
+            ],
         }
-        for (question, reference), answer in zip(map(_last_exchange, chats), answers, strict=True)
-    ]
+
+    how = settings.model_dump(mode="json", include=set(WRITING))
+    return _part({"part": "answers", **subject, "samples": len(chats), "settings": how}, make)
+
+
+def _scored(
+    chats: Sequence[dict[str, Any]],
+    written: Mapping[str, Any],
+    settings: EvaluateSettings,
+    metrics: Mapping[str, Callable[[str, str, str], float]],
+) -> dict[str, Any]:
+    from tasks.evaluate.custom_metrics import custom_scores
+    from tasks.evaluate.text_metrics import bleu_counts, corpus_bleu, row_scores
+
+    table: list[dict[str, Any]] = []
+    names: list[str] = []
+    for chat, answer in zip(chats, written["answers"], strict=True):
+        prompt, reference = last_exchange(chat)
+        scores = row_scores(answer["text"], reference, settings.format)
+        scores |= custom_scores(metrics, answer["text"], reference, prompt)
+        names = list(scores)
+        table.append(
+            {
+                "prompt": prompt,
+                "reference": reference,
+                "answer": answer["text"],
+                "tokens": answer["tokens"],
+                "seconds": answer["seconds"],
+                "finished": answer["finished"],
+                **scores,
+                "bleu_counts": bleu_counts(answer["text"], reference),
+            }
+        )
+    means = {name: _mean(row[name] for row in table) for name in names}
+    chrf = {"chrf": means.pop("chrf"), "rouge_l": means.pop("rouge_l")}
     return {
-        "chrf": sum(line["chrf"] for line in table) / len(table),
-        "exact_match": sum(line["exact_match"] for line in table) / len(table),
-        "tokens_per_second": generated / seconds,
+        **chrf,
+        "bleu": corpus_bleu(np.sum([row["bleu_counts"] for row in table], axis=0)),
+        **means,
+        "cut_off": _mean(float(not row["finished"]) for row in table),
+        "answer_tokens": _mean(row["tokens"] for row in table),
+        "latency_s": _mean(row["seconds"] for row in table),
+        "tokens_per_second": written["tokens_per_second"],
         "answers": table,
     }
 
 
-def _last_exchange(chat: dict[str, Any]) -> tuple[str, str]:
-    """The last answer and the turn before it."""
+def last_exchange(chat: dict[str, Any]) -> tuple[str, str]:
+    """The turn before the last answer, and that answer."""
     turns = chat["messages"]
     last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
     return turns[last - 1]["content"] if last else "", turns[last]["content"]
 
 
-def _generate(
-    loaded: LoadedModel, prompts: list[list[int]], settings: EvaluateSettings, who: str
-) -> tuple[list[str], int]:
-    """Greedy answers by batched decoding, and the number of tokens generated."""
-    from mlx_lm.generate import batch_generate
+def _chats(data: Path, splits: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """The first rows that ask and are answered in words; texts have no question, tool calls no words."""
+    rows = (row for split in splits for row in load_rows(data, split))
+    return list(islice((row for row in rows if "text" not in row and last_exchange(row)[1]), count))
 
-    from tasks.train.soft_prompt import prefix_ids
 
-    prefix = prefix_ids(loaded.model)
-    answers: list[str] = []
-    generated = 0
-    with progress(f"answers, {who}", total=len(prompts)) as bar:
-        for start in range(0, len(prompts), settings.batch_size):
-            group = [prefix + prompt for prompt in prompts[start : start + settings.batch_size]]
-            made = batch_generate(loaded.model, loaded.tokenizer, group, max_tokens=settings.max_tokens)
-            answers += [text.strip() for text in made.texts]
-            generated += made.stats.generation_tokens
-            bar.advance(len(group))
-    return answers, generated
+def _load(model: Path, adapter: Path | None, template: str | None) -> LoadedModel:
+    from tasks.evaluate.generation import end_turn_at
+    from tasks.models.load import load_model
+    from tasks.train.adapters import load_adapter
+
+    loaded = load_model(model)
+    if adapter:
+        load_adapter(loaded.model, adapter)
+    end_turn_at(loaded.tokenizer, template)
+    return loaded
+
+
+def _part(inputs: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A part of a measurement, made once for equal inputs."""
+    output = run_step("evaluate", inputs, lambda draft: write_json(draft / PART_FILE, make()))
+    part: dict[str, Any] = output.read_json(PART_FILE)
+    return part
+
+
+def _together(parts: Sequence[TokenRows]) -> TokenRows:
+    if len(parts) == 1:
+        return parts[0]
+    lengths = np.concatenate([rows.lengths for rows in parts])
+    return TokenRows(
+        tokens=np.concatenate([rows.tokens for rows in parts]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        supervised=np.concatenate([rows.supervised for rows in parts]),
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config import Settings, changed, flatten
-from tasks.evaluate.side_by_side import Evaluation
+from tasks.evaluate.side_by_side import Evaluation, worst_and_best
+from tasks.evaluate.summary import evaluation_lines
 from tasks.home import runs_dir
 from tasks.models.folder import ModelFolder
 from tasks.publish import StepOutput
@@ -53,6 +54,7 @@ def write_report(finished: Finished) -> Path:
     from jinja2 import Environment, PackageLoader
 
     training = finished.adapter.read_json(TRAINING_FILE)
+    figures = finished.evaluation.figures()
     environment = Environment(loader=PackageLoader("tasks.report", "."), autoescape=True)
     environment.filters["number"] = lambda value: (
         f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
@@ -61,7 +63,9 @@ def write_report(finished: Finished) -> Path:
         finished=finished,
         data=finished.data.read_json("report.json"),
         training=training,
-        figures=finished.evaluation.figures(),
+        figures=figures,
+        evaluation=evaluation_lines(figures, finished.evaluation.changes()),
+        samples=_samples(figures["tuned"].get("answers", [])),
         curve=loss_curve(training["history"]),
         settings=flatten(finished.settings),
         changed=changed(finished.settings),
@@ -73,6 +77,12 @@ def write_report(finished: Finished) -> Path:
     path.write_text(page, encoding="utf-8")
     finished.run.client.log_artifact(finished.run.id, str(path), "report")
     return path
+
+
+def _samples(answers: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """Which answers are shown under which heading: the worst and the best by chrF."""
+    worst, best = worst_and_best(answers)
+    return {"The worst answers": worst, "The best answers": best}
 
 
 def loss_curve(history: Sequence[tuple[int, dict[str, float]]]) -> str:

@@ -34,18 +34,23 @@ def weighted_loss(model: nn.Module, hidden: mx.array, targets: mx.array, weights
         targets: (count,) int32 token ids.
         weights: (count,) float32.
     """
-    count = len(targets)
+    loss = _chunk_loss(model)
+    total = mx.zeros(())
+    for part in chunks(model, hidden):
+        chunk = hidden[part]
+        if part.start:  # one chunk's logits at a time
+            [chunk] = mx.depends([chunk], [total])
+        total = total + loss(chunk, targets[part], weights[part])
+    return total
+
+
+def chunks(model: nn.Module, hidden: mx.array) -> list[slice]:
+    """Positions of (count, hidden) in pieces of about equal size, whose logits are small enough."""
+    count = len(hidden)
     vocabulary = head_logits(model, hidden[:1]).shape[-1]
     pieces = max(1, math.ceil(count * vocabulary * 4 / CHUNK_BYTES))
     size = math.ceil(count / pieces)
-    loss = _chunk_loss(model)
-    total = mx.zeros(())
-    for start in range(0, count, size):
-        chunk = hidden[start : start + size]
-        if start:  # one chunk's logits at a time
-            [chunk] = mx.depends([chunk], [total])
-        total = total + loss(chunk, targets[start : start + size], weights[start : start + size])
-    return total
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def token_losses(logits: mx.array, targets: mx.array) -> mx.array:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
 from tasks.prepare.splits import TokenRows
 from tasks.progress import progress
 from tasks.train.batches import Batch, sorted_batches
 from tasks.train.evaluating import evaluating
-from tasks.train.head_loss import token_losses, weighted_loss
+from tasks.train.head_loss import chunks, token_losses, weighted_loss
 from tasks.train.substitution import inject
-from tasks.train.supervised import gathers, plain_logits, supervised_hidden
+from tasks.train.supervised import gathers, head_logits, plain_logits, supervised_hidden
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> mx.array:
@@ -64,3 +67,57 @@ def mean_loss(
                 count += batch.supervised_tokens
             bar.advance(len(batch.rows))
     return total / count if count else math.nan
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """What a model makes of each row.
+
+    Attributes:
+        nll: (rows,) float64, summed cross-entropy in nats over the row's supervised tokens.
+        correct: (rows,) int64, supervised tokens that the model finds likeliest of all.
+        tokens: (rows,) int64, supervised tokens.
+    """
+
+    nll: NDArray[np.float64]
+    correct: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+
+
+def row_losses(model: nn.Module, rows: TokenRows, batch_size: int, title: str) -> RowLosses:
+    """The terms of `mean_loss`, row by row: `nll.sum() / tokens.sum()` is the same figure.
+
+    Rows without a supervised token have zeros.
+    """
+    nll = np.zeros(len(rows))
+    correct, tokens = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    with progress(title, total=len(rows)) as bar, evaluating(model):
+        for batch in sorted_batches(rows, batch_size):
+            if batch.supervised_tokens:
+                losses, hits = _token_losses(model, batch)
+                positions = np.array(batch.positions[: batch.supervised_tokens])
+                of = batch.rows[positions // batch.inputs.shape[1]]  # (count,)
+                np.add.at(nll, of, losses)
+                np.add.at(correct, of, hits)
+                np.add.at(tokens, of, 1)
+            bar.advance(len(batch.rows))
+    return RowLosses(nll, correct, tokens)
+
+
+def _token_losses(model: nn.Module, batch: Batch) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Of each supervised token, (count,): its cross-entropy, and 1 where it is the likeliest."""
+    count = batch.supervised_tokens
+    positions, targets = batch.positions[:count], batch.targets[:count]
+    inject(model, batch.hidden)
+    if not gathers(model, batch.inputs):
+        return _judged(plain_logits(model, batch.inputs, positions), targets)
+    hidden = supervised_hidden(model, batch.inputs, positions)
+    parts = [_judged(head_logits(model, hidden[part]), targets[part]) for part in chunks(model, hidden)]
+    losses, hits = zip(*parts, strict=True)
+    return np.concatenate(losses), np.concatenate(hits)
+
+
+def _judged(logits: mx.array, targets: mx.array) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    losses, hits = token_losses(logits, targets), mx.argmax(logits, axis=-1) == targets
+    mx.eval(losses, hits)
+    return np.array(losses, np.float64), np.array(hits, np.int64)
