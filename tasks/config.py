@@ -211,7 +211,9 @@ class FuseSettings(Section):
         description="the fused model: 'base', as its base is, or {bits: 4, group_size: 64}; else dequantised",
     )
     tolerance: float = Field(
-        1e-3, gt=0, description="largest relative test-loss difference of fused and adapter"
+        1e-3,
+        gt=0,
+        description="largest test-loss difference of fused and adapter: relative, below 1 nat absolute",
     )
     token_tolerance: float = Field(
         0.05, ge=0, le=1, description="largest share of greedy tokens that fused and adapter choose otherwise"

@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import save_tiny_tokenizer, tiny_network
+from conftest import TINY_LLAMA, save_tiny_tokenizer, tiny_network
+from mlx.optimizers import Adam
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import save_model
 
@@ -22,6 +23,8 @@ from tasks.models.folder import ModelFolder
 from tasks.models.load import load_model
 from tasks.publish import StepOutput
 from tasks.train.adapters import adapter_config, adapter_weights, add_adapter, load_adapter, save_adapter
+from tasks.train.batches import sorted_batches
+from tasks.train.loss import batch_loss
 
 TOKENS = mx.array([[5, 6, 7, 8, 9]])
 
@@ -41,8 +44,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     save_model(folder, network)
     usual: dict[str, object] = {"group_size": 32, "bits": 4, "mode": "affine"}
     layers = {path: chosen(path, module) for path, module in network.named_modules() if "mlp." in path}
-    from conftest import TINY_LLAMA
-
     (folder / "config.json").write_text(json.dumps(TINY_LLAMA | {"quantization": usual | layers}))
     save_tiny_tokenizer(folder)
     return ModelFolder(folder, "tiny-mixed", "tiny-mixed", str(folder))
@@ -50,13 +51,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 def trained(folder: Path, model: ModelFolder, steps: int, learning_rate: float) -> StepOutput:
     """An adapter that has learnt the texts of the proof, much or little."""
-    from tasks.train.batches import sorted_batches
-    from tasks.train.loss import batch_loss
-
     settings = TrainSettings(num_layers=-1, rank=4)
     network = load_model(model.path).model
     add_adapter(network, adapter_config(settings, 4), 0)
-    optimizer = __import__("mlx.optimizers").optimizers.Adam(learning_rate)
+    optimizer = Adam(learning_rate)
     step = nn.value_and_grad(network, batch_loss)
     for _ in range(steps):
         for batch in sorted_batches(proof_rows(None, model.path), 8):
@@ -76,7 +74,7 @@ def adapted_logits(model: ModelFolder, adapter: StepOutput) -> np.ndarray:
 def test_an_adapter_that_survives_is_quantised_as_its_base_was_layer_by_layer(
     tmp_path: Path, base: ModelFolder
 ) -> None:
-    adapter = trained(tmp_path / "adapter", base, steps=40, learning_rate=2e-2)
+    adapter = trained(tmp_path / "adapter", base, steps=3, learning_rate=5e-3)
     fused = fuse_adapter(FuseSettings(quantize="base"), base, adapter, None)
     assert fused.read_json(FUSION_FILE)["form"] == "quantised"
     assert base_quantisation(fused.path) == base_quantisation(base.path)
@@ -88,13 +86,13 @@ def test_an_adapter_that_survives_is_quantised_as_its_base_was_layer_by_layer(
     figures = fused.read_json(FUSION_FILE)
     found = observe(load_model(fused.path).model, proof_rows(None, base.path)).loss
     assert found == pytest.approx(figures["quantised"]["loss"])
-    assert figures["adapter"]["loss"] < figures["quantised"]["loss"] < figures["base"]["loss"]
+    assert figures["quantised"]["loss"] < (figures["adapter"]["loss"] + figures["base"]["loss"]) / 2
 
 
 def test_where_quantising_again_loses_the_adapter_it_stays_dequantised_and_both_figures_are_said(
     tmp_path: Path, base: ModelFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    adapter = trained(tmp_path / "adapter", base, steps=1, learning_rate=2e-3)
+    adapter = trained(tmp_path / "adapter", base, steps=1, learning_rate=5e-5)
     with caplog.at_level(logging.WARNING):
         fused = fuse_adapter(FuseSettings(quantize="base", tolerance=1e-5), base, adapter, None)
     figures = fused.read_json(FUSION_FILE)
@@ -114,20 +112,21 @@ def test_where_quantising_again_loses_the_adapter_it_stays_dequantised_and_both_
 def test_greedy_tokens_alone_can_keep_a_model_from_being_quantised(
     tmp_path: Path, base: ModelFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    adapter = trained(tmp_path / "adapter", base, steps=40, learning_rate=2e-2)
-    settings = FuseSettings.model_validate(
-        {"quantize": {"bits": 2, "group_size": 64}, "tolerance": 9, "keep": 1, "token_tolerance": 0}
-    )
+    adapter = trained(tmp_path / "adapter", base, steps=3, learning_rate=5e-3)
+    settings = FuseSettings.model_validate({"quantize": {"bits": 2, "group_size": 32}, "keep": 0.5})
     fused = fuse_adapter(settings, base, adapter, None)
-    assert fused.read_json(FUSION_FILE)["form"] == "dequantised"
-    assert "greedy tokens otherwise" in caplog.text
+    figures = fused.read_json(FUSION_FILE)
+    assert figures["form"] == "dequantised"
+    assert figures["quantised"]["loss"] < (figures["adapter"]["loss"] + figures["base"]["loss"]) / 2
+    told = f"{figures['quantised']['tokens']:.1%} of the adapter's greedy tokens otherwise"
+    assert told in caplog.text
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_model_is_quantised_to_the_bits_asked_for(
     tmp_path: Path, tiny_model: ModelFolder, bits: int
 ) -> None:
-    adapter = trained(tmp_path / "adapter", tiny_model, steps=40, learning_rate=2e-2)
+    adapter = trained(tmp_path / "adapter", tiny_model, steps=3, learning_rate=5e-3)
     settings = FuseSettings.model_validate({"quantize": {"bits": bits, "group_size": 32}})
     fused = fuse_adapter(settings, tiny_model, adapter, None)
     network, config = mlx_lm_load_model(fused.path)

@@ -22,13 +22,13 @@ SHORTEST_PROMPT = 8
 """Tokens; a row that is learnt whole has no question to begin with."""
 
 TEXTS = (
-    "The lighthouse keeper climbed the stairs every evening, trimmed the lamp, and wrote one line in the log: "
-    "wind from the north-west, two ships in sight, nothing else to report.",
+    "The lighthouse keeper climbed the stairs every evening, trimmed the lamp, and wrote one line in the "
+    "log: wind from the north-west, two ships in sight, nothing else to report.",
     "def mean(values: list[float]) -> float:\n    if not values:\n        raise ValueError('no values')\n"
     "    return sum(values) / len(values)\n",
     "Water boils at 100 degrees Celsius at sea level, at about 93 degrees in a village 2000 metres higher, "
     "because the pressure of the air falls with the height.",
-    "Q: Which is heavier, a litre of oil or a litre of water?\nA: The water; that is why the oil floats on it.",
+    "Q: Which is heavier, a litre of oil or one of water?\nA: The water; that is why the oil floats on it.",
 )
 """What is compared where the rows that a model was trained on are not known."""
 
@@ -52,7 +52,8 @@ class Difference:
 
     Attributes:
         loss: its own, in nats.
-        relative: |its loss - the expected| / the expected.
+        relative: |its loss - the expected| / the expected, or / 1 nat where that is less: rounding moves a
+            small loss by as many nats as a large one.
         tokens: share of the expected greedy tokens in whose place it would choose another, given the
             same text before. Zero means that both write the same answers.
     """
@@ -101,11 +102,11 @@ def compare(network: nn.Module, rows: TokenRows, expected: Behaviour) -> Differe
     with evaluating(network):
         other = sum(_chosen_otherwise(network, prompt, answer) for prompt, answer in pairs)
     count = sum(len(answer) for answer in expected.tokens)
-    return Difference(loss, abs(loss - expected.loss) / expected.loss, other / count)
+    return Difference(loss, abs(loss - expected.loss) / max(expected.loss, 1.0), other / count)
 
 
 def prompts(rows: TokenRows) -> list[list[int]]:
-    """Token ids up to the first supervised one, and never fewer than `SHORTEST_PROMPT` where there are more."""
+    """Token ids up to the first supervised one, and at least `SHORTEST_PROMPT` where there are so many."""
     found = []
     for index in range(min(PROOF_PROMPTS, len(rows))):
         tokens, supervised = rows.row(index)

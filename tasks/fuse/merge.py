@@ -79,9 +79,7 @@ def _fuse(draft: Path, settings: FuseSettings, model: Path, adapter: Path, data:
     write_json(draft / FUSION_FILE, figures)
 
 
-def _write_merged(
-    draft: Path, model: Path, adapter: Path, data: Path | None, rows: TokenRows
-) -> Behaviour:
+def _write_merged(draft: Path, model: Path, adapter: Path, data: Path | None, rows: TokenRows) -> Behaviour:
     """Write base and adapter as one model, and tell what they do apart."""
     from tasks.models.load import load_model
     from tasks.models.write import write_model

@@ -150,13 +150,11 @@ def _predicate(plan: Quantisation) -> Any:
     return chosen
 
 
-def _fault(
-    settings: FuseSettings, expected: Behaviour, found: Difference, before: Difference
-) -> str | None:
+def _fault(settings: FuseSettings, expected: Behaviour, found: Difference, before: Difference) -> str | None:
     """What of the adapter the quantised form has lost, beyond what `fuse.keep` allows; None if it has not."""
     may_lose = 1 - settings.keep
     gain = before.loss - expected.loss
-    if not found.loss - expected.loss <= max(may_lose * gain, settings.tolerance * expected.loss):
+    if not found.loss - expected.loss <= max(may_lose * gain, settings.tolerance * max(expected.loss, 1.0)):
         return (
             f"its test loss would be {found.loss:.5f}, the adapter's is {expected.loss:.5f} and the base's "
             f"{before.loss:.5f}: less than fuse.keep = {settings.keep:g} of the gain would be left"
