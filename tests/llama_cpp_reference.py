@@ -1,11 +1,12 @@
 """What llama.cpp makes of a GGUF file: token ids, losses and greedy tokens, as JSON on standard output.
 
-Run by the tests marked `slow` with the interpreter that TUNESMITH_LLAMA_CPP_PYTHON names, in whose environment
-llama-cpp-python is installed (`pip install llama-cpp-python numpy`); nothing of Tunesmith is imported.
+Run by tests marked `slow` with the interpreter that TUNESMITH_LLAMA_CPP_PYTHON names, in whose
+environment llama-cpp-python is installed; nothing of Tunesmith is imported.
 
     python llama_cpp_reference.py model.gguf questions.json [adapter.gguf]
 
-questions.json: {"texts": [text], "rows": [[ids, first supervised position]], "prompts": [ids], "tokens": count}
+questions.json: {"texts": [text], "rows": [[ids, first supervised position]], "prompts": [ids],
+"tokens": count}
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ from typing import Any
 
 def main() -> None:
     """Answer the questions of one file."""
-    from llama_cpp import Llama
+    import llama_cpp
 
+    without_repacking(llama_cpp)
     gguf, questions, *adapter = sys.argv[1:]
     asked = json.loads(Path(questions).read_text())
     # Keys and values as float32 (type 0): the float16 of the default is not the model's own rounding.
-    llama = Llama(
+    llama = llama_cpp.Llama(
         gguf,
         lora_path=adapter[0] if adapter else None,
         n_ctx=512,
         n_batch=512,
         n_ubatch=512,
-        n_threads=2,
+        n_threads=1,  # with more, a busy machine spends its time in their barriers
+        n_threads_batch=1,
         logits_all=True,
         type_k=0,
         type_v=0,
@@ -44,6 +47,23 @@ def main() -> None:
         "metadata": {key: str(value)[:2000] for key, value in llama.metadata.items()},
     }
     print(json.dumps(answer))
+
+
+def without_repacking(llama_cpp: Any) -> None:
+    """Keep weights as they are in the file, as llama-cli does with --no-repack.
+
+    llama.cpp's AMX kernels for quantised weights (llama-cpp-python 0.3.36) crash on some machines, with its
+    own files too, and the Python binding has no argument for it.
+    """
+    defaults = llama_cpp.llama_model_default_params
+
+    def plain() -> Any:
+        parameters = defaults()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    llama_cpp.llama_cpp.llama_model_default_params = plain
+    llama_cpp.llama_model_default_params = plain
 
 
 def losses(llama: Any, ids: list[int], first: int) -> list[float]:
