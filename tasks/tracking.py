@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import tempfile
 import threading
 import time
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.config import CREDENTIALS, Settings, TrackingSettings, flatten
 from tasks.errors import StepError
-from tasks.home import runs_dir
+from tasks.home import cache_dir, runs_dir
 from tasks.outbox import (
     SENDER,
     Ending,
@@ -37,7 +38,7 @@ from tasks.outbox import (
     open_outbox,
     take_over,
 )
-from tasks.publish import StepOutput
+from tasks.publish import StepOutput, publishing
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -490,6 +491,26 @@ def read_text(settings: TrackingSettings, run_id: str, name: str) -> str | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         return Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
+
+
+def read_folder(settings: TrackingSettings, run_id: str, name: str) -> Path | None:
+    """The folder `name` of a run's artifacts: where it lies, or from elsewhere fetched once into the cache.
+
+    None when the run has no such folder.
+    """
+    from urllib.parse import unquote, urlparse
+
+    client, _, _ = connect(settings)
+    if not client.list_artifacts(run_id, name):
+        return None
+    place = urlparse(str(client.get_run(run_id).info.artifact_uri))
+    if place.scheme in ("", "file"):
+        return Path(unquote(place.path)) / name
+    target = cache_dir() / "artifacts" / run_id / name
+    if not target.is_dir():
+        with publishing(target) as draft, tempfile.TemporaryDirectory() as fetched:
+            shutil.copytree(client.download_artifacts(run_id, name, fetched), draft, dirs_exist_ok=True)
+    return target
 
 
 def this_process() -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.config import ModelSettings
+
 
 @dataclass(frozen=True)
 class ModelFolder:
@@ -17,12 +19,14 @@ class ModelFolder:
         name: short and readable, for run names and reports ("SmolLM2-135M-Instruct").
         fingerprint: of the weights, the config and the tokenizer: equal for equal contents.
         source: what the settings named.
+        settings: all that the settings said of it; None for one that was not resolved from settings.
     """
 
     path: Path
     name: str
     fingerprint: str
     source: str
+    settings: ModelSettings | None = None
 
     def config(self) -> dict[str, Any]:
         """`config.json`, by which mlx-lm builds the model."""

@@ -49,7 +49,7 @@ def resolve_model(settings: ModelSettings) -> ModelFolder:
             f"model.dequantize: {folder} is no GGUF file; take the model's repository that is not quantised"
         )
     check_folder(folder)
-    return ModelFolder(folder, name, folder_fingerprint(folder), source)
+    return ModelFolder(folder, name, folder_fingerprint(folder), source, settings)
 
 
 def check_model(settings: ModelSettings) -> Path | None:

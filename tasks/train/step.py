@@ -13,11 +13,12 @@ from tasks.errors import InputError
 from tasks.models.folder import ModelFolder
 from tasks.publish import StepOutput, output_folder, remove_drafts, run_step, write_json
 from tasks.tracking import Run
+from tasks.train.use import USE_FILE, write_use
 
 log = logging.getLogger(__name__)
 
 TRAINING_FILE = "training.json"
-ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json", TRAINING_FILE)
+ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json", TRAINING_FILE, USE_FILE)
 
 TRAINING_TAG = "tunesmith.training"
 """The fingerprint of what a run trains."""
@@ -30,8 +31,9 @@ def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput,
     """Train an adapter, or find the one already trained from equal inputs; log it to the run either way.
 
     A training that was stopped or killed goes on from its newest checkpoint. The output holds the
-    adapter in mlx-lm's layout and `training.json`: settings, fingerprints, history, summary figures and
-    advice. An adapter found again, and a training that goes on, bring their history to the run.
+    adapter in mlx-lm's layout, `training.json` (settings, fingerprints, history, summary figures and
+    advice) and `use.json`, what it is used with. An adapter found again, and a training that goes on,
+    bring their history to the run.
 
     Raises:
         InputError: the model does not allow the settings, as more layers than it has; or the run has
@@ -120,6 +122,7 @@ def _train(
     for sentence in told:
         log.warning("%s", sentence)
     save_adapter(draft, training.best_weights, config)
+    write_use(draft, model, data)
     write_json(
         draft / TRAINING_FILE,
         {**training.summary(), "trainable_parameters": trainable, "advice": told, "inputs": inputs},
