@@ -339,7 +339,7 @@ def test_a_lora_in_gguf_is_the_adapter_over_the_tensors_of_its_base(tmp_path: Pa
 
     model = tiny_folder(tmp_path / "model", model_type)
     adapter = adapter_of(tmp_path / "adapter", model, scale=0.3)
-    lora = read_gguf(export_gguf_lora(tmp_path / "lora", model, adapter, "tiny").file)
+    lora = read_gguf(export_gguf_lora(tmp_path / "lora", model, adapter, "tiny", None, None).file)
     assert (lora.metadata["general.type"], lora.metadata["adapter.type"]) == ("adapter", "lora")
     assert lora.metadata["general.architecture"] == model_type
     base = read_gguf(written(model.path, tmp_path / "base.gguf")).tensors
@@ -374,7 +374,7 @@ def test_adapters_that_llama_cpp_has_no_form_for_are_refused_with_the_way(
     model = tiny_folder(tmp_path / "model")
     adapter = adapter_of(tmp_path / "adapter", model, method)
     with pytest.raises(InputError, match=reason):
-        export_gguf_lora(tmp_path / "out" / "here", model, adapter, "tiny")
+        export_gguf_lora(tmp_path / "out" / "here", model, adapter, "tiny", None, None)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -390,5 +390,5 @@ def test_a_lora_that_is_read_back_otherwise_is_not_published(
 
     monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_rounded)
     with pytest.raises(StepError, match="is not the adapter that was written"):
-        export_gguf_lora(tmp_path / "out" / "here", model, adapter, "tiny")
+        export_gguf_lora(tmp_path / "out" / "here", model, adapter, "tiny", None, None)
     assert not list((tmp_path / "out").iterdir())

@@ -157,7 +157,7 @@ def test_llama_cpp_has_the_same_of_the_base_with_the_adapter_given_by_lora(
     rows = proof_rows(tuned.data.path, tuned.model.path)
     behaviour = observe(load_model(tuned.model.path).model, rows)
     base = export_gguf(tmp_path / "base", tuned.model.path, "base", "f32", rows, behaviour)
-    lora = export_gguf_lora(tmp_path / "lora", tuned.model, tuned.adapter.path, "tuned")
+    lora = export_gguf_lora(tmp_path / "lora", tuned.model, tuned.adapter.path, "tuned", None, None)
     alone = llama_cpp(base.file, tuned.questions())
     answer = llama_cpp(base.file, tuned.questions(), lora.file)
     print(f"lora: perplexity {perplexity(answer):.5f}, MLX {tuned.perplexity:.5f}; ", end="")

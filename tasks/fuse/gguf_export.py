@@ -53,7 +53,13 @@ class Exported:
 
 
 def export_gguf(
-    out: Path, folder: Path, name: str, kind: Kind, rows: TokenRows, expected: Behaviour
+    out: Path,
+    folder: Path,
+    name: str,
+    kind: Kind,
+    rows: TokenRows,
+    expected: Behaviour,
+    system_prompt: str | None = None,
 ) -> Exported:
     """Publish a model folder as a GGUF file with a Modelfile in a new folder `out`.
 
@@ -61,6 +67,7 @@ def export_gguf(
         folder: a fused model, or any other in MLX layout.
         name: of the model, and of the file but for its ending.
         rows, expected: what the adapter did, and on which rows.
+        system_prompt: put before chats that have none, as in training.
 
     Raises:
         InputError: the model cannot be said in GGUF, with the reason.
@@ -72,7 +79,7 @@ def export_gguf(
     with publishing(out) as draft:
         write_gguf(draft / file, folder, name, kind)
         difference = _prove(draft / file, folder, name, kind, rows, expected)
-        _write_modelfile(draft, folder, file, note=f"llama.cpp: llama-cli -m {file}")
+        _write_modelfile(draft, folder, file, f"llama.cpp: llama-cli -m {file}", system_prompt)
         write_json(
             draft / EXPORT_FILE,
             {"kind": kind, "rows": len(rows), "adapter": asdict(expected), "export": asdict(difference)},
@@ -81,7 +88,7 @@ def export_gguf(
 
 
 def export_gguf_lora(
-    out: Path, model: ModelFolder, adapter: Path, name: str, template: str | None = None
+    out: Path, model: ModelFolder, adapter: Path, name: str, template: str | None, system_prompt: str | None
 ) -> Exported:
     """Publish a LoRA adapter as a GGUF file for `--lora`, with a Modelfile, in a new folder `out`.
 
@@ -89,6 +96,7 @@ def export_gguf_lora(
         adapter: a folder in mlx-lm's layout.
         name: of the file, but for its ending.
         template: the chat template in Jinja it was trained with; None for the model's own.
+        system_prompt: put before chats that have none, as in training.
 
     Raises:
         InputError: it is no LoRA, or llama.cpp has no adapters for its model, with the reason.
@@ -103,7 +111,7 @@ def export_gguf_lora(
     )
     with publishing(out) as draft:
         write_gguf_lora(draft / file, model, adapter)
-        _write_modelfile(draft, model.path, base, note, adapter=file, template=template)
+        _write_modelfile(draft, model.path, base, note, system_prompt, file, template)
     return Exported(out / file, None)
 
 
@@ -167,6 +175,7 @@ def _write_modelfile(
     folder: Path,
     file: str,
     note: str,
+    system_prompt: str | None,
     adapter: str | None = None,
     template: str | None = None,
 ) -> None:
@@ -181,5 +190,6 @@ def _write_modelfile(
     start = str(tokenizer.bos_token) if adds_bos(tokenizer) else None
     form = chat_form(ChatTemplate(tokenizer, source), start) if source else None
     stops = [str(tokenizer.convert_ids_to_tokens(index)) for index in end_ids(folder, tokenizer)]
-    text = modelfile(file, form, stops, adapter, f"Ollama: ollama create NAME -f {MODELFILE}\n{note}")
+    note = f"Ollama: ollama create NAME -f {MODELFILE}\n{note}"
+    text = modelfile(file, form, stops, note, adapter, system_prompt)
     (draft / MODELFILE).write_text(text, encoding="utf-8")

@@ -25,7 +25,11 @@ FUSION_FILE = "fusion.json"
 
 
 def fuse_adapter(
-    settings: FuseSettings, model: ModelFolder, adapter: StepOutput, data: StepOutput | None
+    settings: FuseSettings,
+    model: ModelFolder,
+    adapter: StepOutput,
+    data: StepOutput | None,
+    template: str | None = None,
 ) -> StepOutput:
     """Write the merged model as an MLX model folder, published only when it equals the adapter.
 
@@ -35,6 +39,7 @@ def fuse_adapter(
 
     Args:
         data: its test rows are those of the proof; None where they are not known.
+        template: the chat template in Jinja the adapter was trained with, where `data` cannot say it.
 
     Raises:
         InputError: the adapter is a soft prompt.
@@ -47,8 +52,13 @@ def fuse_adapter(
         "data": data.fingerprint if data else None,
         "settings": settings.model_dump(mode="json"),
     }
-    data_path = data.path if data else None
-    return run_step("fuse", inputs, lambda draft: _fuse(draft, settings, model.path, adapter.path, data_path))
+    if data is None:
+        inputs["template"] = template
+    rows = proof_rows(data.path if data else None, model.path)
+    template = load_template(data.path) if data else template
+    return run_step(
+        "fuse", inputs, lambda draft: _fuse(draft, settings, model.path, adapter.path, rows, template)
+    )
 
 
 def read_behaviour(fused: Path) -> Behaviour:
@@ -59,11 +69,14 @@ def read_behaviour(fused: Path) -> Behaviour:
     return Behaviour(**told["adapter"])
 
 
-def _fuse(draft: Path, settings: FuseSettings, model: Path, adapter: Path, data: Path | None) -> None:
+def _fuse(
+    draft: Path, settings: FuseSettings, model: Path, adapter: Path, rows: TokenRows, template: str | None
+) -> None:
     _check_kind(adapter)
-    rows = proof_rows(data, model)
     with progress("fusing"):
-        expected = _write_merged(draft, model, adapter, data, rows)
+        expected = _write_merged(draft, model, adapter, rows)
+        if template:
+            (draft / TEMPLATE_FILE).write_text(template, encoding="utf-8")
         difference = _compare_files(draft, rows, expected)
     _check(settings, expected, difference)
     figures: dict[str, Any] = {
@@ -79,7 +92,7 @@ def _fuse(draft: Path, settings: FuseSettings, model: Path, adapter: Path, data:
     write_json(draft / FUSION_FILE, figures)
 
 
-def _write_merged(draft: Path, model: Path, adapter: Path, data: Path | None, rows: TokenRows) -> Behaviour:
+def _write_merged(draft: Path, model: Path, adapter: Path, rows: TokenRows) -> Behaviour:
     """Write base and adapter as one model, and tell what they do apart."""
     from tasks.models.load import load_model
     from tasks.models.write import write_model
@@ -90,8 +103,6 @@ def _write_merged(draft: Path, model: Path, adapter: Path, data: Path | None, ro
     expected = observe(loaded.model, rows)
     _merge(loaded.model)
     write_model(draft, loaded.model, unquantised(loaded.config), model)
-    if template := load_template(data) if data else None:
-        (draft / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     return expected
 
 

@@ -37,25 +37,30 @@ class ChatForm:
     system: str | None
 
 
-def modelfile(gguf: str, form: ChatForm | None, stops: Sequence[str], adapter: str | None, note: str) -> str:
+def modelfile(
+    gguf: str,
+    form: ChatForm | None,
+    stops: Sequence[str],
+    note: str,
+    adapter: str | None = None,
+    system_prompt: str | None = None,
+) -> str:
     """The text of a Modelfile.
 
     Args:
         gguf: name of the model's file, beside the Modelfile.
         form: of the chats; None to rely on the GGUF file.
         stops: texts that end an answer.
-        adapter: name of a LoRA's GGUF file, beside the Modelfile.
         note: in comments above, a sentence a line.
+        adapter: name of a LoRA's GGUF file, beside the Modelfile.
+        system_prompt: of the training; None for what the template says by itself, if anything.
     """
     lines = [*(f"# {line}" for line in note.splitlines()), f"FROM ./{gguf}"]
     if adapter:
         lines.append(f"ADAPTER ./{adapter}")
-    if form is None:
-        lines.append(OWN_TEMPLATE)
-    else:
-        lines.append(f'TEMPLATE """{go_template(form)}"""')
-        if form.system:
-            lines.append(f'SYSTEM """{form.system}"""')
+    lines.append(f'TEMPLATE """{go_template(form)}"""' if form else OWN_TEMPLATE)
+    if system := system_prompt or (form.system if form else None):
+        lines.append(f'SYSTEM """{system}"""')
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     return "\n".join(lines) + "\n"
 
