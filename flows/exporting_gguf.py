@@ -1,4 +1,4 @@
-"""What `tunesmith export` does for llama.cpp and Ollama: find the weights and the rows of the proof, and write."""
+"""What `tunesmith export` does for llama.cpp and Ollama: finds weights and the rows of the proof, and writes."""
 
 from __future__ import annotations
 
