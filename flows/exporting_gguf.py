@@ -1,4 +1,4 @@
-"""What `tunesmith export` does for llama.cpp and Ollama: finds weights and the rows of the proof, and writes."""
+"""What `tunesmith export` does for llama.cpp and Ollama: find weights and proof rows, and write."""
 
 from __future__ import annotations
 
