@@ -51,7 +51,7 @@ STRINGS = [
     *json.loads((Path(__file__).parent / "data/models/gguf_references.json").read_text())["texts"],
     *ODD_TEXTS,
 ]
-ROWS, PROMPTS, TOKENS, STEPS = 20, 20, 16, 12
+ROWS, PROMPTS, TOKENS, STEPS = 20, 20, 16, 8
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuned]:
         patch.setenv("TUNESMITH_HOME", str(home))
         patch.setenv("TUNESMITH_CACHE", str(home / "cache"))
         model = resolve_model(ModelSettings())
-        data = prepare_data(DataSettings(max_rows=220, max_seq_length=192), model)
+        data = prepare_data(DataSettings(max_rows=400, max_seq_length=112), model)
         adapter = trained(home / "adapter", model, load_splits(data.path)["train"])
         fused = fuse_adapter(FuseSettings(), model, adapter, data)
         network = load_model(model.path).model
