@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from tasks.errors import InputError
 
@@ -38,7 +47,7 @@ class Section(BaseModel):
 
 
 class QuantizeSettings(Section):
-    """How a base is quantised before anything is trained on it."""
+    """How a model is quantised: a base before anything is trained on it, or a fused model."""
 
     bits: Literal[2, 3, 4, 6, 8] = Field(4, description="of a weight")
     group_size: Literal[32, 64, 128] = Field(64, description="weights that share a scale and an offset")
@@ -225,12 +234,34 @@ class EvaluateSettings(Section):
         return self
 
 
+FusedForm = Annotated[
+    Annotated[Literal["base"], Tag("(base)")] | Annotated[QuantizeSettings, Tag("(bits)")],
+    Discriminator(lambda value: "(bits)" if isinstance(value, dict | QuantizeSettings) else "(base)"),
+]
+"""Told apart by their kind, so that a mistake in the one is not answered with a complaint of the other."""
+
+
 class FuseSettings(Section):
     """Merging the adapter into the base weights."""
 
     enabled: bool = True
+    quantize: FusedForm | None = Field(
+        None,
+        description="the fused model: 'base', as its base is, or {bits: 4, group_size: 64}; else dequantised",
+    )
     tolerance: float = Field(
-        1e-3, gt=0, description="largest relative test-loss difference of fused and adapter"
+        1e-3,
+        gt=0,
+        description="largest test-loss difference of fused and adapter: relative, below 1 nat absolute",
+    )
+    token_tolerance: float = Field(
+        0.05, ge=0, le=1, description="largest share of greedy tokens that fused and adapter choose otherwise"
+    )
+    keep: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of what the adapter changed that a quantised form keeps, or it is not used",
     )
 
 
@@ -422,7 +453,8 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError, path: Path | None) -> str:
     lines = []
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
+        # Tags of a union are no keys.
+        key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("("))
         if fault["type"] == "extra_forbidden":
             lines.append(f"unknown setting '{key}'{_nearest(key)}")
         else:

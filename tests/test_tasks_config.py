@@ -47,6 +47,8 @@ def test_every_shipped_config_loads_and_says_how_to_run_it(config: Path) -> None
         ("train.rank=[", "not YAML"),
         ("model.quantize.bits=5", r"model.quantize.bits = 5: input should be 2, 3, 4, 6 or 8"),
         ("model.quantize.bit=4", r"unknown setting 'model.quantize.bit'; did you mean 'model.quantize'\?"),
+        ("fuse.quantize.bits=5", r"^fuse.quantize.bits = 5: input should be 2, 3, 4, 6 or 8$"),
+        ("fuse.quantize=bose", r"^fuse.quantize = 'bose': input should be 'base'$"),
         ("register.name=it's/mine", "register.name"),
     ],
 )

@@ -34,6 +34,8 @@ WITHOUT_EQUIVALENT = {
     "rope.scaling.yarn_attn_factor": 1,
     "rope.scaling.yarn_log_multiplier": 0,
 }
+# The way back, by config.json's model_type.
+GGUF_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # No size of a language model is larger; a damaged one may be.
 LARGEST = 1 << 24
 # Llama 3.1's and 3.2's own rope scaling; the factor itself is read from the tensor.

@@ -40,7 +40,7 @@ def import_gguf(path: Path, name: str, precision: Precision | None = None) -> Pa
     Raises:
         InputError: the file is corrupt, or holds a model or tokenizer that cannot be represented.
     """
-    precision = precision or ("stored" if on_gpu() else "float32")
+    precision = precision or usual_precision()
     inputs = {"gguf": file_digest(path), "precision": precision, "code": code_version("models")}
     target = cache_dir() / "models" / f"{as_folder_name(name)}-{fingerprint(inputs)}"
     if target.is_dir():
@@ -48,12 +48,22 @@ def import_gguf(path: Path, name: str, precision: Precision | None = None) -> Pa
         return target
     gguf = read_gguf(path)
     with publishing(target) as draft:
-        _write_folder(gguf, draft, name, precision)
+        write_folder(gguf, draft, name, precision)
     log.info("%s: imported from %s into %s", name, path, target)
     return target
 
 
-def _write_folder(gguf: GgufFile, folder: Path, name: str, precision: Precision) -> None:
+def usual_precision() -> Precision:
+    """What suits the device: on a GPU weights as stored, on CPU, where only that is fast, float32."""
+    return "stored" if on_gpu() else "float32"
+
+
+def write_folder(gguf: GgufFile, folder: Path, name: str, precision: Precision) -> None:
+    """Write config, tokenizer and weights of a GGUF file into a folder, which is left half made on error.
+
+    Raises:
+        InputError: it holds a model or tokenizer that cannot be represented.
+    """
     config = model_config(gguf)
     _check_fits(gguf, config)
     save_tokenizer(gguf, folder, config["max_position_embeddings"])

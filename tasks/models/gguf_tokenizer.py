@@ -1,5 +1,6 @@
 """The tokenizer in a GGUF file, rebuilt as tokenizer.json and tokenizer_config.json.
 
+`tasks/fuse/gguf_tokens.py` is the way back, by the same table of rules.
 Only byte-level BPE ("gpt2" in GGUF): its tokens, merges and splitting rule say everything. Text is
 split by the rules llama.cpp has for `tokenizer.ggml.pre`, so that the same file gives the same ids.
 """

@@ -1,5 +1,7 @@
 """GGUF tensors as MLX weights: names, row order, and blocks repacked or dequantised.
 
+Names and row order are told in both directions: `tasks/fuse` writes GGUF by the same tables.
+
 Q4_0, Q4_1 and Q8_0 blocks are exactly MLX's affine quantisation with groups of 32: `w = scale * q + bias`
 with float16 scales. They are repacked here, tensor by tensor from the mapped file, so that an import
 needs the memory of one shard and nothing of the file is read by MLX's own GGUF reader, which turns
@@ -151,6 +153,26 @@ def affine_from_blocks(
         biases = numbers[..., 1] if kind == "Q4_1" else scales * np.float16(-8)
     words = np.ascontiguousarray(packed).view("<u4").reshape(rows, -1)
     return words, np.ascontiguousarray(scales), np.ascontiguousarray(biases)
+
+
+def gguf_name(name: str) -> str | None:
+    """The GGUF name, `blk.0.attn_q.weight`, of a parameter of mlx_lm's model; None when it has no place."""
+    if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+        layer, module, kind = match.groups()
+        part = _inverse(BLOCK_NAMES).get(module)
+        return f"blk.{layer}.{part}.{kind}" if part else None
+    module, _, kind = name.rpartition(".")
+    part = _inverse(TOP_NAMES).get(module)
+    return f"{part}.weight" if part and kind == "weight" else None
+
+
+def in_gguf_row_order(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
+    """Rows of Llama's q or k, (heads * head_dim, …), as GGUF has them: halves (i, i + d/2) become pairs."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _inverse(names: Mapping[str, str]) -> dict[str, str]:
+    return {known: part for part, known in names.items()}
 
 
 def _mlx_name(name: str) -> str | None:
