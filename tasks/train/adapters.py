@@ -108,7 +108,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """
     config = read_adapter_config(folder)
     _put_on(model, config, folder)
-    weights = _checked_weights(folder, adapter_weights(model))
+    weights = checked_weights(folder, adapter_weights(model))
     model.load_weights(list(weights.items()), strict=False)
     model.eval()
 
@@ -121,7 +121,26 @@ def read_adapter(folder: Path, network: nn.Module) -> tuple[dict[str, Any], dict
     """
     config = read_adapter_config(folder)
     _put_on(network, config, folder)
-    return config, _checked_weights(folder, adapter_weights(network))
+    return config, checked_weights(folder, adapter_weights(network))
+
+
+def checked_weights(folder: Path, expected: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The arrays of an adapter's file, which have to be those expected, by name and shape, and finite.
+
+    Raises:
+        InputError: names the file, the tensor and what it should be.
+    """
+    path = folder / WEIGHTS_FILE
+    check_safetensors(path)
+    weights: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+    if odd := sorted(set(expected) ^ set(weights)):
+        raise InputError(f"{path}: {len(odd)} tensors missing or unknown, first {odd[0]}")
+    for name, array in sorted(weights.items()):
+        if array.shape != expected[name].shape:
+            raise InputError(f"{path}: {name} is {array.shape}, expected {expected[name].shape}")
+        if not mx.isfinite(array).all().item():
+            raise InputError(f"{path}: {name} holds NaN or infinity; train again")
+    return weights
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -152,21 +171,6 @@ def _put_on(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
             f"{len(model.layers)}; give the adapter's own base model"
         )
     _make_trainable(model, config)
-
-
-def _checked_weights(folder: Path, expected: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The arrays of an adapter's file, which have to be those expected, by name and shape, and finite."""
-    path = folder / WEIGHTS_FILE
-    check_safetensors(path)
-    weights: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-    if odd := sorted(set(expected) ^ set(weights)):
-        raise InputError(f"{path}: {len(odd)} tensors missing or unknown, first {odd[0]}")
-    for name, array in sorted(weights.items()):
-        if array.shape != expected[name].shape:
-            raise InputError(f"{path}: {name} is {array.shape}, expected {expected[name].shape}")
-        if not mx.isfinite(array).all().item():
-            raise InputError(f"{path}: {name} holds NaN or infinity; train again")
-    return weights
 
 
 def _fault(config: dict[str, Any]) -> str | None:
