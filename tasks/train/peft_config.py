@@ -147,6 +147,22 @@ def read_peft_config(folder: Path) -> PeftConfig:
     return PeftConfig(path, values)
 
 
+def peft_base(folder: Path) -> str:
+    """The base model that an adapter folder of PEFT names.
+
+    Raises:
+        InputError: as `read_peft_config`, or it names none.
+    """
+    peft = read_peft_config(folder)
+    name = peft.values.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise InputError(
+            f"{peft.path}: base_model_name_or_path = {name!r} names no base model; put its hub name or its "
+            "folder there"
+        )
+    return name
+
+
 def _check_files(folder: Path) -> None:
     if not (folder / WEIGHTS_FILE).is_file():
         if (folder / PICKLE_FILE).is_file():

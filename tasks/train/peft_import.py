@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 ORIGIN_FILE = "origin.json"
 """PEFT's own config, as it came, and what had to be changed."""
 
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+TYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,27 @@ def from_peft(peft: PeftConfig, base: Mapping[str, Any]) -> Converted:
         base: the `config.json` of the base model.
     """
     path = peft.path.with_name(WEIGHTS_FILE)
-    check_safetensors(path)
-    tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-    for name, array in sorted(tensors.items()):
-        if array.dtype not in FLOATS:
-            raise InputError(f"{path}: {name} is of {array.dtype}, expected float32, float16 or bfloat16")
-        if not mx.isfinite(array).all().item():
-            raise InputError(f"{path}: {name} holds NaN or infinity; give an adapter that was trained well")
+    tensors = _load(path)
     network = outline(base)
     if peft.kind == LOW_RANK:
         return _low_rank(peft, path, tensors, network, base)
     return _prompt(peft, path, tensors, network, base)
+
+
+def _load(path: Path) -> dict[str, mx.array]:
+    """The tensors of a file, which have to be finite numbers of a type that both sides have."""
+    from safetensors import safe_open
+
+    check_safetensors(path)
+    with safe_open(path, framework="numpy") as file:
+        for name in file.keys():  # noqa: SIM118  (it is no mapping)
+            if (dtype := file.get_slice(name).get_dtype()) not in TYPES:
+                raise InputError(f"{path}: {name} is of type {dtype}; expected one of {', '.join(TYPES)}")
+    tensors: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+    for name, array in sorted(tensors.items()):
+        if not mx.isfinite(array).all().item():
+            raise InputError(f"{path}: {name} holds NaN or infinity; give an adapter that was trained well")
+    return tensors
 
 
 def _low_rank(
