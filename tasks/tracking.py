@@ -484,6 +484,22 @@ def stored_runs(settings: TrackingSettings) -> list[StoredRun]:
             return runs
 
 
+@dataclass(frozen=True)
+class Record:
+    """What a run has left in the store: settings as text, the last value of each figure, tags."""
+
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+
+
+def read_record(settings: TrackingSettings, run_id: str) -> Record:
+    """The params, figures and tags of a run."""
+    client, _, _ = connect(settings)
+    data = client.get_run(run_id).data
+    return Record(dict(data.params), dict(data.metrics), dict(data.tags))
+
+
 def read_text(settings: TrackingSettings, run_id: str, name: str) -> str | None:
     """The text of an artifact of a run; None when the run has no artifact of that name."""
     client, _, _ = connect(settings)
