@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": ["q_proj", "v_proj"]},
     "last-layers": {
-        "target_modules": "all-linear",
+        "target_modules": ["q_proj", "up_proj", "down_proj"],
         "layers_to_transform": [2, 3],
         "layers_pattern": "layers",
     },
