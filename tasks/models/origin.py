@@ -11,7 +11,7 @@ import yaml
 
 from tasks.models.bundled import BUNDLED_REPO, BUNDLED_SOURCE, bundled_gguf
 from tasks.models.folder import ModelFolder
-from tasks.models.gguf_check import read_gguf
+from tasks.models.gguf_check import read_texts
 from tasks.models.hub import is_hub_name
 
 CARD_FILE = "README.md"
@@ -35,10 +35,10 @@ def find_origin(model: ModelFolder) -> Origin:
     """The origin of a base model, from its source's files alone; nothing is asked of the hub."""
     source = Path(model.source).expanduser()
     if model.source == BUNDLED_SOURCE:
-        return Origin(BUNDLED_REPO, _gguf_licence(read_gguf(bundled_gguf()).metadata))
+        return Origin(BUNDLED_REPO, _gguf_licence(read_texts(bundled_gguf())))
     if source.is_file():
-        metadata = read_gguf(source).metadata
-        return Origin(_gguf_repo(metadata), _gguf_licence(metadata))
+        texts = read_texts(source)
+        return Origin(_gguf_repo(texts), _gguf_licence(texts))
     if source.is_dir():
         return Origin(_repo_of_snapshot(source.resolve()), _card_licence(source / CARD_FILE))
     return Origin(model.source, _card_licence(_card_of_hub(model)))
@@ -81,15 +81,15 @@ def _repo_of_snapshot(folder: Path) -> str | None:
     return holders[0].removeprefix("models--").replace("--", "/", 1)
 
 
-def _gguf_licence(metadata: Mapping[str, Any]) -> dict[str, str]:
+def _gguf_licence(texts: Mapping[str, str]) -> dict[str, str]:
     keys = {key: f"general.{key.replace('_', '.')}" for key in LICENCE_KEYS}
-    return {key: metadata[name] for key, name in keys.items() if isinstance(metadata.get(name), str)}
+    return {key: texts[name] for key, name in keys.items() if texts.get(name)}
 
 
-def _gguf_repo(metadata: Mapping[str, Any]) -> str | None:
+def _gguf_repo(texts: Mapping[str, str]) -> str | None:
     """The last two parts of the address of the model's page, as llama.cpp's converter writes it."""
     for key in ("general.source.repo_url", "general.repo_url"):
-        if isinstance(url := metadata.get(key), str):
-            repo = "/".join(url.rstrip("/").split("/")[-2:])
-            return repo if is_hub_name(repo) else None
+        repo = "/".join(texts.get(key, "").rstrip("/").split("/")[-2:])
+        if is_hub_name(repo):
+            return repo
     return None
