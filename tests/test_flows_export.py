@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +14,54 @@ import pytest
 import yaml
 from peft_folders import write_peft_folder
 
+from flows.card_facts import prepared_folder
 from flows.cli import run as command
 from flows.resume import SETTINGS_FILE, settings_as_yaml
-from tasks.config import Settings, load_settings
+from tasks.config import Settings, TrackingSettings, load_settings
 from tasks.home import runs_dir
 from tasks.models.folder import ModelFolder
 from tasks.models.load import load_model
 from tasks.models.origin import read_front_matter
 from tasks.models.resolve import resolve_model
 from tasks.prepare.pipeline import prepare_data
-from tasks.tracking import mlflow_run
+from tasks.tracking import mlflow_run, read_record
 from tasks.train.adapters import load_adapter
 from tasks.train.peft_import import as_mlx_adapter
-from tasks.train.step import train_adapter
+from tasks.train.step import TRAINING_TAG, train_adapter
 
 METRICS = {"base/test_loss": 3.0, "test/test_loss": 2.0, "base/chrf": 1.0, "test/chrf": 2.0}
 METRICS |= {"change/test_loss": -1.0, "change/test_loss_low": -1.5, "change/test_loss_high": -0.5}
 SECRET = "hunter2"
 
 
-@pytest.fixture
-def settings(tmp_path: Path, tiny_model: ModelFolder) -> Settings:
-    rows = tmp_path / "private" / "rows.jsonl"
+@dataclass(frozen=True)
+class Made:
+    """A home with one finished run, as far as an export looks at it."""
+
+    home: Path
+    settings: Settings
+    run_id: str
+
+
+def finish_run(settings: Settings, name: str, kept: Settings | None = None) -> str:
+    """Run what an export looks at; `kept` are the settings that the run says it had."""
+    with mlflow_run(settings, name, {}) as run:
+        run.log_text(settings_as_yaml(kept or settings), SETTINGS_FILE)
+        model = resolve_model(settings.model)
+        train_adapter(settings.train, model, prepare_data(settings.data, model, run), run)
+        run.report(0, METRICS)
+    return run.id
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: ModelFolder) -> Iterator[Made]:
+    """The home that all tests here share: making MLflow's tables takes seconds."""
+    folder = tmp_path_factory.mktemp("made")
+    rows = folder / "private" / "rows.jsonl"
     rows.parent.mkdir()
     lines = [json.dumps({"prompt": f"{n}+1", "completion": str(n + 1)}) for n in range(40)]
     rows.write_text("\n".join(lines) + "\n")
-    return load_settings(
+    settings = load_settings(
         None,
         [
             f"model.source={tiny_model.path}",
@@ -51,17 +74,23 @@ def settings(tmp_path: Path, tiny_model: ModelFolder) -> Settings:
             "name=sums",
         ],
     )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_HOME", str(folder))
+        patch.setenv("TUNESMITH_CACHE", str(folder / "cache"))
+        yield Made(folder, settings, finish_run(settings, "sums"))
 
 
-@pytest.fixture
-def run_id(settings: Settings) -> str:
-    """A finished run, as far as an export looks at it."""
-    with mlflow_run(settings, "sums", {}) as run:
-        run.log_text(settings_as_yaml(settings), SETTINGS_FILE)
-        model = resolve_model(settings.model)
-        train_adapter(settings.train, model, prepare_data(settings.data, model, run), run)
-        run.report(0, METRICS)
-    return run.id
+@pytest.fixture(autouse=True)
+def home(made: Made, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("TUNESMITH_HOME", str(made.home))
+    monkeypatch.setenv("TUNESMITH_CACHE", str(made.home / "cache"))
+    return made.home
+
+
+def adapter_of(run_id: str) -> Path:
+    """Where the training step put the adapter of a run."""
+    return runs_dir() / "steps" / "train" / read_record(TrackingSettings(), run_id).tags[TRAINING_TAG]
 
 
 def export(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
@@ -82,11 +111,11 @@ def front_matter(folder: Path) -> dict[str, Any]:
 
 
 def test_a_runs_adapter_goes_to_peft_and_comes_back(
-    run_id: str, tmp_path: Path, tiny_model: ModelFolder, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, tiny_model: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out" / "sums-peft"
     assert str(out) in export(capsys, "sums", "--to", "peft", "--out", out)
-    [ours] = (runs_dir() / "steps" / "train").glob("*/")
+    ours = adapter_of(made.run_id)
     assert np.array_equal(
         logits(tiny_model.path, as_mlx_adapter(out, tiny_model)), logits(tiny_model.path, ours)
     )
@@ -99,11 +128,11 @@ def test_a_runs_adapter_goes_to_peft_and_comes_back(
 
 
 def test_a_runs_model_goes_to_the_hubs_layout(
-    run_id: str, tmp_path: Path, tiny_model: ModelFolder, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, tiny_model: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sums"
-    export(capsys, run_id[:8], "--to", "hf", "--out", out)
-    [adapter] = (runs_dir() / "steps" / "train").glob("*/")
+    export(capsys, made.run_id[:8], "--to", "hf", "--out", out)
+    adapter = adapter_of(made.run_id)
     assert np.allclose(logits(out), logits(tiny_model.path, adapter), atol=1e-4)
     assert front_matter(out)["library_name"] == "transformers"
     assert "### Instruction" in (out / "chat_template.jinja").read_text()
@@ -117,7 +146,7 @@ def test_a_runs_model_goes_to_the_hubs_layout(
         assert told in card
     assert "| num layers | 2 |" in card
     shown = "".join(path.read_text() for path in out.iterdir() if path.suffix in (".md", ".json"))
-    for place in (tmp_path, runs_dir(), tiny_model.path, Path.home()):
+    for place in (tmp_path, made.home, tiny_model.path, Path.home()):
         assert str(place) + "/" not in shown
     fused = list((runs_dir() / "steps" / "fuse").glob("*/"))
     export(capsys, "sums", "--to", "hf", "--out", tmp_path / "again")
@@ -125,37 +154,28 @@ def test_a_runs_model_goes_to_the_hubs_layout(
 
 
 def test_passwords_of_settings_are_in_no_card(
-    run_id: str, settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = settings.model_copy(
-        update={
-            "name": f"at postgresql://me:{SECRET}@host/db",
-            "data": settings.data.model_copy(update={"system_prompt": f"Ask ftp://me:{SECRET}@host."}),
-        }
-    )
-    with mlflow_run(told, str(told.name), {}) as run:
-        model = resolve_model(told.model)
-        train_adapter(told.train, model, prepare_data(told.data, model, run), run)
-    export(capsys, run.id, "--to", "peft", "--out", tmp_path / "out")
+    prompt = {"system_prompt": f"Ask ftp://me:{SECRET}@host."}
+    told = made.settings.model_copy(update={"data": made.settings.data.model_copy(update=prompt)})
+    run_id = finish_run(told, f"at postgresql://me:{SECRET}@host/db")
+    export(capsys, run_id, "--to", "peft", "--out", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "***@host" in card
+    assert card.count("***@host") == 2
     assert SECRET not in card
 
 
 def test_a_hub_dataset_is_named_in_the_head(
-    run_id: str, settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hub = settings.model_copy(update={"data": settings.data.model_copy(update={"source": "owner/rows"})})
-    with mlflow_run(settings, "from the hub", {}) as run:
-        run.log_text(settings_as_yaml(hub), SETTINGS_FILE)
-        model = resolve_model(settings.model)
-        train_adapter(settings.train, model, prepare_data(settings.data, model, run), run)
-    export(capsys, run.id, "--to", "peft", "--out", tmp_path / "out")
+    of_hub = made.settings.data.model_copy(update={"source": "owner/rows"})
+    run_id = finish_run(made.settings, "hub", kept=made.settings.model_copy(update={"data": of_hub}))
+    export(capsys, run_id, "--to", "peft", "--out", tmp_path / "out")
     assert front_matter(tmp_path / "out")["datasets"] == ["owner/rows"]
 
 
 def test_an_upload_follows_the_export_only_when_asked_for(
-    run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uploads = []
 
@@ -182,17 +202,30 @@ def test_an_upload_follows_the_export_only_when_asked_for(
 
 
 def test_what_cannot_be_exported_is_said(
-    run_id: str, tmp_path: Path, tiny_model: ModelFolder, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, tiny_model: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     for to in ("peft", "hf"):
         told = export(capsys, tiny_model.path, "--to", to, "--out", out, code=2)
         assert f"is a model by itself, and --to {to} is of an adapter" in told
-    shutil.rmtree(runs_dir() / "steps" / "prepare")
-    assert "its prepared data is not in" in export(capsys, "sums", "--to", "hf", "--out", out, code=2)
+    prepared = made.home / "steps" / "prepare"
+    prepared.rename(aside := made.home / "aside")
+    told = export(capsys, "sums", "--to", "hf", "--out", out, code=2)
+    aside.rename(prepared)
+    assert "its prepared data is not in" in told
     inside = runs_dir() / "steps" / "mine"
     assert "step outputs" in export(capsys, "sums", "--to", "peft", "--out", inside, code=2)
     assert not out.exists()
+
+
+def test_a_file_that_came_with_an_adapter_leads_nowhere_else(made: Made, tmp_path: Path) -> None:
+    adapter = adapter_of(made.run_id)
+    prepared = prepared_folder(adapter)
+    assert prepared is not None
+    assert prepared.parent == made.home / "steps" / "prepare"
+    record = {"inputs": {"data": f"../prepare/{prepared.name}"}}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    assert prepared_folder(tmp_path) is None
 
 
 def test_an_adapter_of_pefts_is_a_target_too(

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import tiny_networks
 from conftest import TINY_LLAMA, tiny_network
 from mlx.utils import tree_flatten
 from peft_folders import peft_tensors, write_peft_folder
@@ -249,10 +250,33 @@ def test_a_pickle_is_never_read_and_a_spoilt_file_neither(tmp_path: Path) -> Non
         read_peft_config(folder)
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_neox"])
-def test_a_family_of_other_names_is_refused(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(InputError, match=f"'{kind}': its modules may have other names"):
-        check_family(kind, ["model.layers.0.self_attn.q_proj"])
+def test_a_base_of_other_names_is_refused(tmp_path: Path) -> None:
+    base = tiny_networks.COMMON | tiny_networks.CONFIGS["mamba"] | {"model_type": "mamba"}
+    with pytest.raises(InputError, match="'mamba': its modules may have other names"):
+        converted(write_peft_folder(tmp_path), base)
+
+
+def test_dora_is_refused_on_a_base_whose_bits_mlx_lm_cannot_load(tmp_path: Path) -> None:
+    folder = write_peft_folder(tmp_path, peft_tensors(dora=True), use_dora=True)
+    with pytest.raises(InputError, match="base of 6 bits"):
+        converted(folder, TINY_LLAMA | {"quantization": {"bits": 6, "group_size": 32}})
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_that_lacks_a_file_is_refused(tmp_path: Path, missing: str) -> None:
+    folder = write_peft_folder(tmp_path)
+    (folder / missing).unlink()
+    assert is_peft(folder)
+    with pytest.raises(InputError, match=f"has no {missing}"):
+        read_peft_config(folder)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[1]", "holds a list")])
+def test_a_config_that_is_no_object_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    folder = write_peft_folder(tmp_path)
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_peft_config(folder)
 
 
 def test_of_experts_only_the_attention_passes() -> None:
