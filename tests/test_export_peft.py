@@ -178,6 +178,13 @@ def test_a_base_of_other_names_is_refused(
         exported(tmp_path / "out", adapter, model)
 
 
+def test_a_soft_prompt_of_scaled_embeddings_is_refused(tmp_path: Path) -> None:
+    model = base_of(tmp_path / "base", "gemma2")
+    adapter = saved(tmp_path / "a", model, method="soft-prompt")
+    with pytest.raises(InputError, match="'gemma2': its embeddings may be scaled"):
+        exported(tmp_path / "out", adapter, model)
+
+
 def test_an_adapter_that_is_not_sound_is_not_exported(tmp_path: Path, tiny_model: ModelFolder) -> None:
     adapter = saved(tmp_path / "a", tiny_model)
     weights = adapter / "adapters.safetensors"

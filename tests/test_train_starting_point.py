@@ -73,7 +73,7 @@ def saved(folder: Path, model: ModelFolder, **changes: object) -> Path:
     network = load_model(model.path).model
     keys = target_keys(network, settings.targets, settings.num_layers)
     config = adapter_config(settings, 4, keys)
-    add_adapter(network, config, 3)
+    add_adapter(network, config, settings.seed)
     folder.mkdir()
     save_adapter(folder, {name: each + 0.02 for name, each in adapter_weights(network).items()}, config)
     return folder
@@ -115,8 +115,8 @@ def test_another_adapter_is_another_training_and_another_place_of_it_is_not(
     again = trained(tiny_model, data, from_adapter=str(tmp_path / "two"))
     assert again.reused
     assert "two" not in (first.path / "training.json").read_text()
-    other = saved(tmp_path / "three", tiny_model, num_layers=2, alpha=33.0)
-    assert not trained(tiny_model, data, from_adapter=str(other)).reused
+    other = saved(tmp_path / "three", tiny_model, num_layers=2, seed=4)
+    assert not trained(tiny_model, data, from_adapter=str(other)).reused, "other weights, equal settings"
 
 
 def test_what_is_not_set_is_taken_from_the_adapter(tmp_path: Path, tiny_model: ModelFolder) -> None:
