@@ -70,14 +70,6 @@ EXPORTERS: Mapping[str, tuple[Callable[[Target, Path, Kind], Exported], Kind]] =
 """By the name that `--to` takes, each with the number format it takes where none is given."""
 
 
-def check_out(out: Path) -> None:
-    """Refuse a place where something is already, or that is not a person's."""
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise InputError(f"--out {out}: is there already; give a new folder")
-    if out.resolve().is_relative_to(runs_dir() / "steps"):
-        raise InputError(f"--out {out}: lies among Tunesmith's own step outputs; give another folder")
-
-
 def prepared_data(adapter: Path) -> StepOutput | None:
     """The prepared data an adapter was trained on; None where it is not known, or is there no longer."""
     training = adapter / TRAINING_FILE

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from tasks.config import CREDENTIALS, DataSettings, ModelSettings, Settings, TrackingSettings, load_settings
+from tasks.config import CREDENTIALS, PATHS, Settings, TrackingSettings, load_settings
 from tasks.errors import InputError
 from tasks.tracking import StoredRun, read_text, stored_runs, tracking_uri
 
@@ -35,11 +35,11 @@ def settings_as_yaml(settings: Settings) -> str:
     User and password in an address become `***`.
     """
     tree = settings.model_dump(mode="json", by_alias=True)
-    defaults = {"data": DataSettings().source, "model": ModelSettings().source}
-    for section, name in defaults.items():
-        source = Path(tree[section]["source"]).expanduser()
-        if tree[section]["source"] != name and source.exists():
-            tree[section]["source"] = str(source.resolve())
+    defaults = Settings().model_dump(mode="json", by_alias=True)
+    for section, key in PATHS:
+        source = tree[section][key]
+        if source != defaults[section][key] and (path := Path(source).expanduser()).exists():
+            tree[section][key] = str(path.resolve())
     text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     return CREDENTIALS.sub("://***@", text)
 

@@ -3,7 +3,7 @@
 RUN             id, beginning of the id, or name of an MLflow run: its adapter
 NAME@alias      a version of a registered model by its alias, as NAME@champion
 NAME/VERSION    the same by its number
-ADAPTER         a folder with adapter_config.json, of Tunesmith or mlx-lm
+ADAPTER         a folder with adapter_config.json, of Tunesmith, mlx-lm or PEFT
 MODEL           what model.source takes: a folder (a fused model too), a .gguf file, a hub name
 """
 
@@ -106,7 +106,12 @@ def adapter_target(name: str, folder: Path, run_id: str | None = None) -> Target
         InputError: the folder is no adapter, names no base, or its base is gone or has changed.
     """
     from tasks.train.adapters import read_adapter_config
+    from tasks.train.peft_config import is_peft, peft_base
+    from tasks.train.peft_import import as_mlx_adapter
 
+    if is_peft(folder):
+        model = resolve_model(ModelSettings(source=peft_base(folder)))
+        return Target(name, model, as_mlx_adapter(folder, model), run_id)
     config = read_adapter_config(folder)
     use = read_use(folder)
     if use is not None:

@@ -12,8 +12,14 @@ def check_space(settings: Settings, layers_in_model: int) -> None:
     """Refuse a space that the model does not have, before the first trial rather than in the night.
 
     Raises:
-        InputError: `search.num_layers` holds more layers than the model.
+        InputError: `search.num_layers` holds more layers than the model, or an adapter to begin from
+            leaves no rank and layers to choose.
     """
+    if settings.train.from_adapter is not None:
+        raise InputError(
+            f"train.from_adapter = '{settings.train.from_adapter}': a search chooses rank and layers, "
+            "which the adapter has already; leave it out, or train on from it with 'tunesmith finetune'"
+        )
     if (most := max(settings.search.num_layers)) > layers_in_model:
         raise InputError(
             f"search.num_layers holds {most}: the model has {layers_in_model} layers; "

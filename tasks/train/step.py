@@ -22,8 +22,8 @@ ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json", TRAINING_FILE, U
 TRAINING_TAG = "tunesmith.training"
 """The fingerprint of what a run trains."""
 
-NO_PART = {"steps_per_save", "minutes_per_save", "prefix_cache_gb"}
-"""Settings that decide how often a run is saved and what may lie on the disk, and not what it finds."""
+NO_PART = {"steps_per_save", "minutes_per_save", "prefix_cache_gb", "from_adapter"}
+"""Settings that decide how often a run is saved and what may lie where, and not what it finds."""
 
 
 def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput, run: Run) -> StepOutput:
@@ -40,14 +40,18 @@ def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput,
         StepError: a loss or gradient is not finite.
     """
     from tasks.train.checkpoints import checkpoints_folder, owned, remove_checkpoints
+    from tasks.train.starting_point import begin_from
 
-    inputs = training_inputs(settings, model, data)
+    settings, start = begin_from(settings, model)
+    inputs = training_inputs(settings, model, data, start)
     target = output_folder("train", inputs)
     folder = checkpoints_folder(target.name)
     _check_same_training(run, target.name)
     with owned(folder, f"MLflow run {run.id}"):
         remove_drafts(target.parent, target.name)
-        output = run_step("train", inputs, lambda draft: _train(draft, settings, model, data, inputs, run))
+        output = run_step(
+            "train", inputs, lambda draft: _train(draft, settings, model, data, inputs, run, start)
+        )
         remove_checkpoints(folder)
     training = output.read_json(TRAINING_FILE)
     if output.reused:
@@ -59,9 +63,14 @@ def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput,
     return output
 
 
-def training_inputs(settings: TrainSettings, model: ModelFolder, data: StepOutput) -> dict[str, Any]:
-    """Everything the adapter depends on, and its checkpoints with it."""
+def training_inputs(
+    settings: TrainSettings, model: ModelFolder, data: StepOutput, start: Path | None = None
+) -> dict[str, Any]:
+    """Everything the adapter depends on, and its checkpoints with it; `start` is the one it begins from."""
+    from tasks.train.starting_point import adapter_fingerprint
+
     return {
+        **({"from_adapter": adapter_fingerprint(start)} if start else {}),
         "model": model.fingerprint,
         "data": data.fingerprint,
         "settings": settings.model_dump(mode="json", exclude=NO_PART),
@@ -87,6 +96,7 @@ def _train(
     data: StepOutput,
     inputs: Mapping[str, Any],
     run: Run,
+    start: Path | None,
 ) -> None:
     from tasks.models.load import load_model
     from tasks.prepare.splits import load_splits
@@ -102,6 +112,7 @@ def _train(
     from tasks.train.health import advice
     from tasks.train.loop import fit
     from tasks.train.quantised_base import check_base
+    from tasks.train.starting_point import take_weights
     from tasks.train.targets import target_keys
 
     splits = load_splits(data.path)
@@ -110,6 +121,8 @@ def _train(
     keys = target_keys(network, settings.targets, settings.num_layers)
     config = adapter_config(settings, len(network.layers), keys)
     add_adapter(network, config, settings.seed)
+    if start:
+        take_weights(network, start)
     trainable = count_parameters(adapter_weights(network))
     run.set_tags({"tunesmith.trainable_parameters": trainable})
     fitted = without_frozen_layers(

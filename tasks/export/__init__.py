@@ -1,0 +1,1 @@
+"""Export: what a run has made, in the layouts of other tools, with a card that says what it is."""
