@@ -10,7 +10,7 @@ import sys
 
 from cyclopts import CycloptsError
 
-from flows.verbs import data, look, operate, start, train  # noqa: F401  (each adds its verbs to the app)
+from flows.verbs import data, judge, look, operate, start, train  # noqa: F401  (each adds its verbs to the app)
 from flows.verbs.frame import app, explain
 
 

@@ -178,12 +178,34 @@ class TrainSettings(Section):
         return self
 
 
+class JudgeSettings(Section):
+    """A model that compares the answers of two runs, at an OpenAI-compatible address."""
+
+    url: str | None = Field(None, description="of `tunesmith ab`: the judge, as http://127.0.0.1:8080/v1")
+    model: str | None = Field(None, description="the judge's name there")
+    api_key_env: str = Field(
+        "TUNESMITH_JUDGE_KEY",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="environment variable with the judge's key; none is sent when it is not set",
+    )
+    criteria: str = Field(
+        "accuracy, relevance, coherence and completeness",
+        min_length=1,
+        description="what makes an answer the better one",
+    )
+    both_orders: bool = Field(True, description="ask twice, each answer first once; at odds is a tie")
+    temperature: float | None = Field(0.0, ge=0, description="of the judge; null leaves it to the server")
+    timeout_s: float = Field(60.0, gt=0, description="in which the judge has to answer")
+    concurrency: int = Field(4, ge=1, le=64, description="questions to the judge at once")
+
+
 class EvaluateSettings(Section):
     """The comparison of base and tuned on the test rows."""
 
     samples: int = Field(8, ge=0, description="test prompts answered by base and tuned")
     max_tokens: int = Field(48, ge=1, description="longest answer (tokens)")
     batch_size: int = Field(8, ge=1, description="rows a forward pass")
+    judge: JudgeSettings = JudgeSettings()
 
 
 class FuseSettings(Section):

@@ -33,7 +33,7 @@ def measure(
         "model": model.fingerprint,
         "adapter": adapter.fingerprint if adapter else None,
         "data": data.fingerprint,
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json", exclude={"judge"}),
     }
     adapter_path = adapter.path if adapter else None
     return run_step(
