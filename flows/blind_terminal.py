@@ -77,7 +77,7 @@ def _decided(
     read_key: Callable[[], str],
     read_line: Callable[[str], str],
 ) -> tuple[str, Verdict]:
-    """What is done about a pair, a choice, `undo` or `quit`, and the verdict with the ratings given on the way."""
+    """What is done about a pair, a choice, `undo` or `quit`, and the verdict with its ratings."""
     verdict = before or Verdict(pair.id, "tie")
     while True:
         key = read_key()
