@@ -6,7 +6,8 @@ import os
 import secrets
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,23 +36,26 @@ ESCAPE_S = 0.05
 """In which the rest of an arrow key's sequence arrives."""
 
 
+def judge_at_terminal(comparison: Comparison, console: Console) -> tuple[Path, int]:
+    """`judge_in_terminal` by the keys of this terminal, or by lines of standard input where that is none."""
+    if not sys.stdin.isatty():
+        return judge_in_terminal(comparison, console, _key_in_a_line, input)
+    with _single_keys() as (read_key, read_line):
+        return judge_in_terminal(comparison, console, read_key, read_line)
+
+
 def judge_in_terminal(
-    comparison: Comparison,
-    console: Console,
-    read_key: Callable[[], str] | None = None,
-    read_line: Callable[[str], str] = input,
+    comparison: Comparison, console: Console, read_key: Callable[[], str], read_line: Callable[[str], str]
 ) -> tuple[Path, int]:
     """Ask for a verdict on every pair that has none yet.
 
     Args:
-        read_key: a key press as the terminal sends it, "" at the end of input; by default of this
-            terminal, or lines of standard input where that is none.
+        read_key: a key press as terminals send it, "" at the end of input.
         read_line: an answer to a question, for ratings and comments.
 
     Returns:
         The file of verdicts, saved after each, and how many it has.
     """
-    read_key = read_key or (_key_pressed if sys.stdin.isatty() else _key_in_a_line)
     path = comparison_folder(comparison.key.comparison) / "terminal.json"
     given = _begun(comparison, path)
     undone: dict[str, Verdict] = {}
@@ -129,21 +133,37 @@ def _ratings(side: str, read_line: Callable[[str], str]) -> Ratings:
     return ratings
 
 
-def _key_pressed() -> str:
-    """One key press of the terminal, unechoed; Ctrl-C interrupts as always."""
+@contextmanager
+def _single_keys() -> Iterator[tuple[Callable[[], str], Callable[[str], str]]]:
+    """Ways to read a key press, unechoed, and a line, as usual; Ctrl-C interrupts as always.
+
+    The terminal stays in this mode for the whole session: changing it for each key would lose what is
+    typed in between.
+    """
     import termios
     import tty
 
     terminal = sys.stdin.fileno()
-    before = termios.tcgetattr(terminal)
-    try:
-        tty.setcbreak(terminal)
+    usual = termios.tcgetattr(terminal)
+
+    def read_key() -> str:
         pressed = os.read(terminal, 1)
         while pressed[:1] == b"\x1b" and len(pressed) < 3 and select.select([terminal], [], [], ESCAPE_S)[0]:
             pressed += os.read(terminal, 1)
+        return pressed.decode(errors="replace")
+
+    def read_line(question: str) -> str:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, usual)
+        try:
+            return input(question)
+        finally:
+            tty.setcbreak(terminal, termios.TCSADRAIN)
+
+    tty.setcbreak(terminal, termios.TCSADRAIN)
+    try:
+        yield read_key, read_line
     finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
-    return pressed.decode(errors="replace")
+        termios.tcsetattr(terminal, termios.TCSADRAIN, usual)
 
 
 def _key_in_a_line() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 import subprocess
@@ -79,12 +78,6 @@ class Browser:
         code = {"windowsVirtualKeyCode": CODES.get(key, ord(key[0].upper()))}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text, **code, **more)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, **code)
-
-    def screenshot(self, path: Path, width: int, height: int) -> None:
-        """What is seen in a window of this size."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.call("Emulation.setDeviceMetricsOverride", **size)
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
 
 @contextmanager

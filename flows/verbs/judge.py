@@ -136,11 +136,11 @@ def _page(comparison: Comparison, out: Path | None) -> None:
 
 
 def _decide_here(comparison: Comparison) -> None:
-    from flows.blind_terminal import judge_in_terminal
+    from flows.blind_terminal import judge_at_terminal
     from flows.tables import print_commands
 
     console = Console()
-    path, decided = judge_in_terminal(comparison, console)
+    path, decided = judge_at_terminal(comparison, console)
     console.print(f"\n{decided} of {len(comparison.pairs)} decided, kept in {path}", soft_wrap=True)
     if decided:
         print_commands(console, {"tally": f"tunesmith ab --tally {shlex.quote(str(path))}"})
