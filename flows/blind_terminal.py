@@ -7,7 +7,7 @@ import secrets
 import select
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,11 @@ KEYS: dict[str, str] = {
 CHOSEN: dict[str, Choice] = {"left": "left", "right": "right", "tie": "tie"}
 
 LEGEND = "← l  left is better   ↓ t  tie   → r  right is better   c rate   f reference   u undo   q quit"
+
+END = b"\x04"
+"""Ctrl-D."""
+
+BACKSPACE = (b"\x7f", b"\b")
 
 ESCAPE_S = 0.05
 """In which the rest of an arrow key's sequence arrives."""
@@ -135,10 +140,10 @@ def _ratings(side: str, read_line: Callable[[str], str]) -> Ratings:
 
 @contextmanager
 def _single_keys() -> Iterator[tuple[Callable[[], str], Callable[[str], str]]]:
-    """Ways to read a key press, unechoed, and a line, as usual; Ctrl-C interrupts as always.
+    """Ways to read a key press, unechoed, and a line; Ctrl-C interrupts as always.
 
-    The terminal stays in this mode for the whole session: changing it for each key would lose what is
-    typed in between.
+    The terminal stays in one mode for the whole session, lines are edited here: changing the mode loses
+    what is typed in between.
     """
     import termios
     import tty
@@ -153,11 +158,20 @@ def _single_keys() -> Iterator[tuple[Callable[[], str], Callable[[str], str]]]:
         return pressed.decode(errors="replace")
 
     def read_line(question: str) -> str:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, usual)
-        try:
-            return input(question)
-        finally:
-            tty.setcbreak(terminal, termios.TCSADRAIN)
+        typed = ""
+        unfinished = b""  # of a character of several bytes
+        while True:
+            print(f"\r\x1b[K{question}{typed}", end="", flush=True)
+            byte = os.read(terminal, 1)
+            if byte in (b"\n", b"\r", END, b""):
+                print()
+                return typed
+            if byte in BACKSPACE:
+                typed = typed[:-1]
+                continue
+            unfinished += byte
+            with suppress(UnicodeDecodeError):
+                typed, unfinished = typed + printable(unfinished.decode()), b""
 
     tty.setcbreak(terminal, termios.TCSADRAIN)
     try:

@@ -233,6 +233,23 @@ def test_the_terminal_undoes_rates_and_goes_on_later(comparison: Comparison) -> 
     assert read_verdicts(path).reviewer == reviewer
 
 
+def test_without_a_terminal_lines_are_read(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("l\n\nc\n3\n" + 9 * "\n" + "so so\nr\n"))
+    assert run(["ab", "amber", "blue", "--terminal"]) == 0
+    path = comparison_folder(comparison.key.comparison) / "terminal.json"
+    assert f"2 of 6 decided, kept in {path}" in capsys.readouterr().out
+    first, second = read_verdicts(path).verdicts
+    assert (first.choice, second.choice, second.left, second.comment) == (
+        "left",
+        "right",
+        {"accuracy": 3},
+        "so so",
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("runs")
 def test_keys_of_a_real_terminal_are_read_one_by_one(comparison: Comparison) -> None:
     """Over a pseudo-terminal: an arrow is three bytes, nobody presses Enter, typing ahead loses nothing."""
@@ -242,13 +259,13 @@ def test_keys_of_a_real_terminal_are_read_one_by_one(comparison: Comparison) -> 
     process = subprocess.Popen(
         command, cwd=CHECKOUT, stdin=follower, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+    told = b""
     try:
-        os.write(leader, b"\x1b[D\x1bOCt\x1b[Ac")
         assert process.stdout is not None
-        told = b""
-        while b"left, accuracy" not in told and (more := os.read(process.stdout.fileno(), 4096)):
+        while b"quit" not in told and (more := os.read(process.stdout.fileno(), 4096)):
             told += more
-        os.write(leader, b"4\n\n\n\n\n\n\n\n\n\nfine\nlq")
+        ratings = "4\n" + 9 * "\n" + "fein\x7f\x7f\x7fäne\n"
+        os.write(leader, b"\x1b[D\x1bOCt\x1b[Ac" + ratings.encode() + b"lq")
         told += process.communicate(timeout=120)[0]
     finally:
         process.kill()
@@ -259,7 +276,7 @@ def test_keys_of_a_real_terminal_are_read_one_by_one(comparison: Comparison) -> 
     os.close(leader)
     given = read_verdicts(comparison_folder(comparison.key.comparison) / "terminal.json")
     assert [verdict.choice for verdict in given.verdicts] == ["left", "right", "tie", "left"]
-    assert given.verdicts[-1].comment == "fine"
+    assert given.verdicts[-1].comment == "fäne"
 
 
 class StandIn(ThreadingHTTPServer):

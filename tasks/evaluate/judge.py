@@ -201,6 +201,9 @@ class _Judge:
             except httpx.TimeoutException:
                 fault = f"no answer within {self.settings.timeout_s:g} s (evaluate.judge.timeout_s)"
                 continue
+            except (httpx.ReadError, httpx.RemoteProtocolError) as error:  # it closed the connection
+                fault = f"{type(error).__name__}: {error}"
+                continue
             except httpx.HTTPError as error:
                 raise _NoReplyError(f"{type(error).__name__}: {error}") from None
             if answer.status_code not in BUSY:
