@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +69,10 @@ def harness_scores(
 
 def _task_manager(tasks: Sequence[str]) -> Any:
     """The harness's list of tasks, all of those asked for among them."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
-            raise
-        raise InputError(EXTRA) from None
+    if find_spec("lm_eval") is None:
+        raise InputError(EXTRA)
+    from lm_eval.tasks import TaskManager
+
     if not tasks:
         raise InputError("--tasks: name one of the harness's tasks, as arc_easy")
     manager = TaskManager()
