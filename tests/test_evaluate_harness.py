@@ -14,7 +14,7 @@ from flows.cli import run
 from flows.resume import SETTINGS_FILE, settings_as_yaml
 from tasks.config import Settings, TrackingSettings, TrainSettings
 from tasks.errors import InputError, StepError
-from tasks.evaluate.harness import SCORES_FILE, _flat, harness_scores
+from tasks.evaluate.harness import SCORES_FILE, _flat, all_tasks, harness_scores
 from tasks.models.folder import ModelFolder
 from tasks.models.load import load_model
 from tasks.tracking import connect, mlflow_run
@@ -99,7 +99,9 @@ def test_the_base_scores_as_in_mlx_lms_own_evaluation(tiny_model: ModelFolder, t
 
     ours = harness_scores(tiny_model, None, tasks, None, None, 4).read_json(SCORES_FILE)
     plain = MLXLM(str(tiny_model.path), batch_size=4)
-    found = simple_evaluate(plain, tasks=tasks, apply_chat_template=plain.use_chat_template)
+    found = simple_evaluate(
+        plain, tasks=tasks, task_manager=all_tasks(), apply_chat_template=plain.use_chat_template
+    )
     assert ours == _flat(found["results"])
     assert {"letters/acc", "letters/acc_stderr", "writing/exact_match"} <= ours.keys()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,11 +72,9 @@ def _task_manager(tasks: Sequence[str]) -> Any:
     """The harness's list of tasks, all of those asked for among them."""
     if find_spec("lm_eval") is None:
         raise InputError(EXTRA)
-    from lm_eval.tasks import TaskManager
-
     if not tasks:
         raise InputError("--tasks: name one of the harness's tasks, as arc_easy")
-    manager = TaskManager()
+    manager = all_tasks()
     unknown = [name for name in tasks if not _is_file(name) and not manager.match_tasks([name])]
     if unknown:
         raise InputError(
@@ -83,6 +82,14 @@ def _task_manager(tasks: Sequence[str]) -> Any:
             "'lm_eval ls tasks' lists them"
         )
     return manager
+
+
+@cache
+def all_tasks() -> Any:
+    """Every task that comes with the harness: it reads some ten thousand files for that."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _loaded(model: ModelFolder, adapter: Path | None) -> LoadedModel:
@@ -147,8 +154,6 @@ def _told_as_step_error() -> Iterator[None]:
     """Whatever the harness raises, in a line."""
     try:
         yield
-    except (InputError, KeyboardInterrupt):
-        raise
     except Exception as error:
         line = next(iter(str(error).strip().splitlines()), "")
         raise StepError(f"the lm-evaluation-harness failed: {type(error).__name__}: {line}") from error
