@@ -105,6 +105,17 @@ def test_ratings_undo_and_comment_by_keyboard(shown: Browser, tmp_path: Path) ->
     assert verdict == Verdict(made.pairs[0].id, "tie", rated, {}, "good1")
 
 
+def test_eleven_fives_rate_everything_and_a_click_takes_one_back(shown: Browser, tmp_path: Path) -> None:
+    for _ in range(11):
+        shown.press("5")
+    shown.value("document.querySelector('#rate-right-overall button:last-child').click()")
+    shown.press("ArrowLeft")
+    shown.press("d")
+    [verdict] = read_verdicts(downloaded(tmp_path)).verdicts
+    assert list(verdict.left.values()) == [5] * 5
+    assert list(verdict.right) == ["accuracy", "relevance", "coherence", "completeness"]
+
+
 def test_the_browser_goes_on_where_it_was_closed(page: Path, tmp_path: Path) -> None:
     for before in ("0 of 10 decided", "2 of 10 decided"):
         with browser(tmp_path / "profile", tmp_path) as opened:

@@ -147,7 +147,10 @@ function start() {
 
   function change(next, moved) {
     state = next;
-    if (moved) active = 0;
+    if (moved) {
+      active = 0;
+      find("told").textContent = "";
+    }
     keep();
     show();
     if (moved) {
@@ -191,10 +194,10 @@ function start() {
     });
   }
 
-  function press(number, value) {
+  function press(number, value, clicked) {
     const { side, name } = rows[number];
     const pair = current(comparison, state);
-    const same = pair && draft(state, pair)[side][name] === value;
+    const same = clicked && draft(state, pair)[side][name] === value;
     active = same ? number : Math.min(number + 1, rows.length - 1);
     find("ratings").open = true;
     find("told").textContent = name + " of the " + side + " answer: " + (same ? "no rating" : value);
@@ -226,7 +229,7 @@ function start() {
     },
   };
   for (let value = 1; value <= comparison.best; value++) {
-    keys[String(value)] = () => current(comparison, state) && press(active, value);
+    keys[String(value)] = () => current(comparison, state) && press(active, value, false);
   }
 
   document.addEventListener("keydown", (event) => {
@@ -251,7 +254,7 @@ function start() {
   rows.forEach(({ side, name }, number) => {
     const row = find("rate-" + side + "-" + name);
     row.querySelectorAll("button").forEach((button) => {
-      button.addEventListener("click", () => press(number, Number(button.textContent)));
+      button.addEventListener("click", () => press(number, Number(button.textContent), true));
     });
     row.addEventListener("focusin", () => {
       active = number;
