@@ -210,6 +210,27 @@ def _answer_format(wanted: str | None) -> str | None:
     return wanted
 
 
+class JudgeSettings(Section):
+    """A model that compares the answers of two runs, at an OpenAI-compatible address."""
+
+    url: str | None = Field(None, description="of `tunesmith ab`: the judge, as http://127.0.0.1:8080/v1")
+    model: str | None = Field(None, description="the judge's name there")
+    api_key_env: str = Field(
+        "TUNESMITH_JUDGE_KEY",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="environment variable with the judge's key; none is sent when it is not set",
+    )
+    criteria: str = Field(
+        "accuracy, relevance, coherence and completeness",
+        min_length=1,
+        description="what makes an answer the better one",
+    )
+    both_orders: bool = Field(True, description="ask twice, each answer first once; at odds is a tie")
+    temperature: float | None = Field(0.0, ge=0, description="of the judge; null leaves it to the server")
+    timeout_s: float = Field(60.0, gt=0, description="in which the judge has to answer")
+    concurrency: int = Field(4, ge=1, le=64, description="questions to the judge at once")
+
+
 class EvaluateSettings(Section):
     """The comparison of base and tuned on the test rows."""
 
@@ -232,6 +253,8 @@ class EvaluateSettings(Section):
     general_rows: int = Field(
         16, ge=0, description="texts on which general ability is compared, 64 tokens each; 0 for none"
     )
+
+    judge: JudgeSettings = JudgeSettings()
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> EvaluateSettings:

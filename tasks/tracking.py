@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.config import CREDENTIALS, Settings, TrackingSettings, flatten
-from tasks.errors import StepError
+from tasks.errors import InputError, StepError
 from tasks.home import cache_dir, runs_dir
 from tasks.outbox import (
     SENDER,
@@ -292,6 +292,37 @@ def _opened_again(client: MlflowClient, uri: str, run_id: str) -> Run:
     if ERROR in stored.data.tags:
         client.delete_tag(run_id, ERROR)
     return run
+
+
+@contextmanager
+def reopened(settings: TrackingSettings, run_id: str) -> Iterator[Run]:
+    """A run that may have ended, to add figures and tags to; its status stays as it is.
+
+    At the end of the block the store has what was reported, or it waits in the outbox.
+
+    Raises:
+        InputError: the store has no such run, or it was deleted there.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client, uri, _ = connect(settings)
+    try:
+        stored = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in NEVER:
+            raise StepError(_store_failed(uri, run_id, error)) from error
+        stored = None
+    if stored is None or stored.info.lifecycle_stage != "active":
+        raise InputError(
+            f"run {run_id}: not in {_address(uri)}, or deleted there; 'tunesmith ui' shows the runs, "
+            "MLFLOW_TRACKING_URI names another store"
+        )
+    run = Run(run_id, uri, stored.info.experiment_id)
+    try:
+        yield run
+    finally:
+        if outbox := _outboxes.pop((os.getpid(), run_id), None):
+            outbox.close(FLUSH_S)
 
 
 def _store_failed(uri: str, run_id: str, error: Exception) -> str:

@@ -93,7 +93,7 @@ def measure(
     inputs = {
         "part": "all",
         **subject,
-        "settings": settings.model_dump(mode="json", exclude={"metrics"}),
+        "settings": settings.model_dump(mode="json", exclude={"metrics", "judge"}),
         "metrics": [
             (file_digest(file), one.rpartition(":")[2])
             for file, one in zip(files_of(settings.metrics), settings.metrics, strict=True)
