@@ -19,7 +19,7 @@ from tasks.models.cpu_functions import cross_entropy
 from tasks.models.device import on_gpu
 from tasks.train.supervised import head_logits
 
-CHUNK_BYTES = 64e6
+CHUNK_BYTES = 256e6
 """Of float32 logits. Three or four arrays of this size are alive at once."""
 
 ChunkLoss = Callable[[mx.array, mx.array, mx.array], mx.array]
