@@ -24,8 +24,9 @@ from tasks.models.folder import ModelFolder
 from tasks.prepare.splits import TokenRows, save_splits
 from tasks.publish import StepOutput
 from tasks.tracking import Run, connect, mlflow_run
-from tasks.train import loop, train
+from tasks.train import train
 from tasks.train.step import train_adapter
+from tasks.train.update import Launched, Updates
 
 
 @pytest.fixture
@@ -74,16 +75,16 @@ from pathlib import Path
 from flows.cli import main
 import flows.finetune
 from tasks.publish import StepOutput
-from tasks.train import loop
+from tasks.train.update import Updates
 
-plain, number = loop.update, getattr(signal, sys.argv[1])
+plain, number = Updates.launch, getattr(signal, sys.argv[1])
 
-def update(*given):
-    if given[3] == 7:
+def launch(updates, batches, step):
+    if step == 7:
         os.kill(os.getpid(), number)
-    return plain(*given)
+    return plain(updates, batches, step)
 
-loop.update = update
+Updates.launch = launch
 prepared = StepOutput(Path(sys.argv[2]), "prepared", False, 0.0)
 flows.finetune.prepare = lambda *_: prepared
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C
@@ -170,15 +171,15 @@ def test_resume_completes_a_killed_run_as_if_it_had_never_been_killed(
 def test_the_same_command_goes_on_too_in_a_new_run_with_the_whole_curve(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = loop.update
+    plain = Updates.launch
 
-    def update(*given: Any) -> dict[str, float]:
-        if given[3] == 7:
+    def launch(updates: Updates, batches: Any, step: int) -> Launched:
+        if step == 7:
             raise KeyboardInterrupt
-        return plain(*given)
+        return plain(updates, batches, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "update", update)
+        patch.setattr(Updates, "launch", launch)
         with pytest.raises(KeyboardInterrupt):
             flows.finetune.finetune(settings)
     outcome = flows.finetune.finetune(settings)
@@ -299,14 +300,14 @@ class Faults:
     """Makes the seventh update fail a number of times."""
 
     def __init__(self, error: Exception, times: int) -> None:
-        self.plain, self.error, self.times = loop.update, error, times
+        self.plain, self.error, self.times = Updates.launch, error, times
         self.steps: list[int] = []
 
-    def update(self, *given: Any) -> dict[str, float]:
-        self.steps.append(given[3])
-        if given[3] == 7 and self.steps.count(7) <= self.times:
+    def instead(self, updates: Updates, batches: Any, step: int) -> Launched:
+        self.steps.append(step)
+        if step == 7 and self.steps.count(7) <= self.times:
             raise self.error
-        return self.plain(*given)
+        return self.plain(updates, batches, step)
 
 
 @flow(validate_parameters=False)
@@ -319,7 +320,7 @@ def test_a_retried_task_goes_on_from_its_checkpoint(
     settings: Settings, tiny_model: ModelFolder, prepared: StepOutput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults = Faults(RuntimeError("the GPU timed out"), times=1)
-    monkeypatch.setattr(loop, "update", faults.update)
+    monkeypatch.setattr(Updates, "launch", lambda *given: faults.instead(*given))
     with mlflow_run(settings, "retried", {}) as opened:
         train_alone(settings, tiny_model, prepared, opened)
     assert faults.steps == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12]
@@ -331,7 +332,7 @@ def test_a_loss_that_is_not_finite_is_not_retried(
     settings: Settings, tiny_model: ModelFolder, prepared: StepOutput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults = Faults(StepError("step 7: loss nan"), times=9)
-    monkeypatch.setattr(loop, "update", faults.update)
+    monkeypatch.setattr(Updates, "launch", lambda *given: faults.instead(*given))
     with mlflow_run(settings, "diverged", {}) as opened, pytest.raises(StepError):
         train_alone(settings, tiny_model, prepared, opened)
     assert faults.steps == [1, 2, 3, 4, 5, 6, 7]

@@ -104,7 +104,8 @@ def test_the_loader_behind_mlx_lms_generate_fuse_and_server_takes_base_and_adapt
     network.load_weights(list(weights.items()), strict=False)
     save_adapter(tmp_path, weights, config)
     theirs, _ = load(str(tiny_model.path), adapter_path=str(tmp_path))
-    assert np.array_equal(logits(theirs), logits(network))
+    # Ours computes its exponentials in another way on a CPU, to rounding.
+    assert np.allclose(logits(theirs), logits(network), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
