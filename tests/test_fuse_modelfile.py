@@ -60,13 +60,18 @@ def by_ollama(template: str, chat: list[dict[str, str]]) -> str:
     )
 
 
-@pytest.mark.parametrize("source", [CHATML, LLAMA3, SMOLLM, ALPACA.replace("TURN_END", "'<|im_end|>'")])
-def test_ollama_writes_the_chat_that_the_model_was_trained_on(tokenizer: Any, source: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "start"),
+    [(CHATML, ""), (LLAMA3, "<|im_start|>"), (SMOLLM, ""), (ALPACA.replace("TURN_END", "'<|im_end|>'"), "")],
+)
+def test_ollama_writes_the_chat_that_the_model_was_trained_on(
+    tokenizer: Any, source: str, start: str
+) -> None:
     template = ChatTemplate(tokenizer, source)
-    form = chat_form(template)
+    form = chat_form(template, start)
     assert form is not None
     for chat in (CHAT, CHAT[:2]):
-        assert by_ollama(go_template(form), chat) == template.render(chat, prompt=True)
+        assert start + by_ollama(go_template(form), chat) == template.render(chat, prompt=True)
 
 
 def test_what_the_template_says_without_a_system_prompt_is_said_as_one(tokenizer: Any) -> None:
