@@ -273,14 +273,16 @@ def test_a_file_whose_tokenizer_gives_other_ids_is_not_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_folder(tmp_path / "model")
-    monkeypatch.setattr("tasks.fuse.gguf_tokens.splitting_rule", lambda *_: "llama-bpe")
-    monkeypatch.setattr(gguf_export, "ODD_TEXTS", ("hell hello", "he\u0301ll"))
-    save_merging_tokenizer(model.path)
-    tokens = tmp_path / "out" / "here"
     monkeypatch.setattr("tasks.fuse.gguf_tokens._merges", lambda *_: ["h e"])
+    monkeypatch.setattr(gguf_export, "ODD_TEXTS", ("hell hello",))
     with pytest.raises(StepError, match="gives other ids than the model's for 'hell hello'"):
-        export_gguf(tokens, model.path, "tiny", "f32", *nothing_expected(model))
+        export_gguf(tmp_path / "out" / "here", model.path, "tiny", "f32", *nothing_expected(model))
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_tokenizer_of_bytes_alone_is_refused(tmp_path: Path, tiny_model: ModelFolder) -> None:
+    with pytest.raises(InputError, match="no merges, every byte is a token"):
+        export_gguf(tmp_path / "out", tiny_model.path, "tiny", "f32", *nothing_expected(tiny_model))
 
 
 def test_a_number_beyond_float16_is_refused_there_and_kept_in_bf16(tmp_path: Path) -> None:

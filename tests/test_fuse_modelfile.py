@@ -39,6 +39,7 @@ NUMBERED = (
     "{% for m in messages %}{{ loop.index }} {{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+SQUEEZED = CHATML.replace("message['content']", "message['content'] | replace('\n\n', '\n')")
 
 
 @pytest.fixture
@@ -60,13 +61,18 @@ def by_ollama(template: str, chat: list[dict[str, str]]) -> str:
     )
 
 
-@pytest.mark.parametrize("source", [CHATML, LLAMA3, SMOLLM, ALPACA.replace("TURN_END", "'<|im_end|>'")])
-def test_ollama_writes_the_chat_that_the_model_was_trained_on(tokenizer: Any, source: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "start"),
+    [(CHATML, ""), (LLAMA3, "<|im_start|>"), (SMOLLM, ""), (ALPACA.replace("TURN_END", "'<|im_end|>'"), "")],
+)
+def test_ollama_writes_the_chat_that_the_model_was_trained_on(
+    tokenizer: Any, source: str, start: str
+) -> None:
     template = ChatTemplate(tokenizer, source)
-    form = chat_form(template)
+    form = chat_form(template, start)
     assert form is not None
     for chat in (CHAT, CHAT[:2]):
-        assert by_ollama(go_template(form), chat) == template.render(chat, prompt=True)
+        assert start + by_ollama(go_template(form), chat) == template.render(chat, prompt=True)
 
 
 def test_what_the_template_says_without_a_system_prompt_is_said_as_one(tokenizer: Any) -> None:
@@ -87,7 +93,7 @@ def test_bos_is_not_said_twice_where_every_text_begins_with_it(tokenizer: Any) -
     assert twice is None or "<|im_start|><|im_start|>" in go_template(twice)
 
 
-@pytest.mark.parametrize("source", [MISTRAL, NUMBERED, CHATML.replace("'<|im_start|>'", "'{{'")])
+@pytest.mark.parametrize("source", [MISTRAL, NUMBERED, SQUEEZED, CHATML.replace("'<|im_start|>'", "'{{'")])
 def test_a_template_that_is_more_than_turns_is_left_to_the_gguf_file(tokenizer: Any, source: str) -> None:
     form = chat_form(ChatTemplate(tokenizer, source))
     assert form is None

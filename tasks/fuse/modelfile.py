@@ -94,9 +94,10 @@ def go_template(form: ChatForm) -> str:
 def _taken_apart(template: ChatTemplate, start: str) -> ChatForm | None:
     """What stands around each turn, found by rendering chats of placeholders."""
     rule, question, answer = ({"role": role, "content": f"{MARK}{role}{MARK}"} for role in ROLES)
-    before_rule, between, after_question, after_answer, end = _literals(
-        template.render([rule, question, answer, question])
-    )
+    around = _literals(template.render([rule, question, answer, question]))
+    if len(around) != 5:
+        return None  # it drops a turn, or says one twice
+    before_rule, between, after_question, after_answer, end = around
     end_of_answer = _literals(template.render([rule, question, answer]))[-1]
     before_question = after_answer.removeprefix(end_of_answer)
     form = ChatForm(
