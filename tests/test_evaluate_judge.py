@@ -9,16 +9,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 from blind_answers import comparison
 
-from tasks.config import JudgeSettings
+from tasks.config import EvaluateSettings, JudgeSettings
 from tasks.errors import InputError, StepError
-from tasks.evaluate import judge
+from tasks.evaluate import judge, measure
 from tasks.evaluate.blind import Comparison
 from tasks.evaluate.judge import Judgement, ask_judge, check_judge
+from tasks.models.folder import ModelFolder
+from tasks.publish import StepOutput
 
 Answer = Callable[[dict[str, str]], tuple[int, str]]
 """From what the judge is shown to a status and the text of a reply."""
@@ -281,3 +284,15 @@ def test_answers_are_shown_as_data(made: Comparison, server: StandIn) -> None:
     assert set(json.loads(user["content"])) == {"prompt", "reference", "first", "second"}
     assert "temperature" not in server.questions[0]
     assert server.questions[0]["model"] == "wise"
+
+
+def test_the_judge_is_no_part_of_what_an_evaluation_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another judge must not have every answer generated again."""
+    inputs: list[Any] = []
+    monkeypatch.setattr(measure, "run_step", lambda _, given, __: inputs.append(given))
+    model, data = ModelFolder(Path("model"), "m", "m", "m"), StepOutput(Path("data"), "d", True, 0.0)
+    for settings in (EvaluateSettings(), EvaluateSettings(judge=JudgeSettings(model="wise"))):
+        measure.measure(settings, model, None, data)
+    assert inputs[0] == inputs[1]
+    measure.measure(EvaluateSettings(max_tokens=7), model, None, data)
+    assert inputs[2] != inputs[0]

@@ -29,6 +29,7 @@ from tasks.errors import InputError
 from tasks.evaluate.blind import Comparison, comparison_folder
 from tasks.evaluate.blind_verdicts import Verdict, read_verdicts
 from tasks.home import CHECKOUT
+from tasks.models.folder import ModelFolder
 from tasks.tracking import Run, connect, mlflow_run, reopened
 
 TRACKING = TrackingSettings()
@@ -346,3 +347,30 @@ def test_the_judge_is_asked_again_by_settings_after_the_runs(
     assert all("better in wit." in question["messages"][0]["content"] for question in stand_in.questions)
     assert sum(counted.wins.values()) == 5
     assert re.fullmatch(r"[0-9a-f]{16}", comparison.key.comparison)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_harness")
+def test_what_a_finetune_logs_is_what_is_compared(tiny_model: ModelFolder, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"{n}+1", "completion": "ab" * 9}) + "\n" for n in range(40))
+    )
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "name": "taught",
+                "model": {"source": str(tiny_model.path)},
+                "data": {"source": str(rows)},
+                "train": {"max_steps": 8, "learning_rate": 0.03, "num_layers": 4},
+                "evaluate": {"max_tokens": 8},
+                "fuse": {"enabled": False},
+            }
+        )
+    )
+    assert run(["finetune", str(config)]) == 0
+    assert run(["ab", "taught", "base", "--out", str(tmp_path / "page.html")]) == 0
+    comparison = make_comparison("taught", "base", TRACKING, 0, None)
+    assert len(comparison.pairs) + comparison.key.identical >= 2
+    assert all(pair.id in (tmp_path / "page.html").read_text() for pair in comparison.pairs)
