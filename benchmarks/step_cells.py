@@ -62,7 +62,7 @@ class Cell:
     """What is measured.
 
     Attributes:
-        kind: "step", "validation" or "curves".
+        kind: "step", "validation", "memory" or "curves".
         layers: adapted, from the top; -1 for all.
         length: positions of a row; 0 for chats, which have their own.
         prompt_percent: of the positions that are not supervised; 0 for chats.
@@ -199,28 +199,31 @@ def measure_curves(cell: Cell, bases: tuple[Base, Base], steps: int) -> dict[str
     }
 
 
-def measure_memory(cell: Cell, side: str) -> dict[str, float]:
-    """Peak memory of one side, in a process of its own that holds nothing of the other."""
-    command = [sys.executable, str(Path(__file__)), side, json.dumps(asdict(cell))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"memory of {side}, {cell.key}:\n{done.stderr}")
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+def measure_memory(cell: Cell) -> dict[str, float]:
+    """Peak memory of either side, in a process of its own that holds nothing of the other."""
+    figures = {}
+    for side in ("our", "their"):
+        command = [sys.executable, str(Path(__file__)), side, json.dumps(asdict(cell))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{side} side of {cell.key}:\n{done.stderr}")
+        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        figures |= {f"{side}_{name}": value for name, value in found.items()}
+    return {**figures, "memory_ratio": figures["our_peak_gb"] / figures["their_peak_gb"]}
 
 
 def peaks(side: str, cell: Cell) -> dict[str, float]:
     """Of this process, in GB: from the loaded base on (`peak_gb`), and of the steps alone."""
     rows = _rows_of(cell)
     base = make_base(cell.model, cell.method)
-    if side == "ours":
+    if side == "our":
         base = as_ours(base)
     network = base.copy()
     del base  # else the frozen layers would stay
     mx.clear_cache()
     mx.reset_peak_memory()
     with cache_of_its_own():
-        if side == "ours":
+        if side == "our":
             ours = OurTrainer(network, rows, cell.settings())
             del network
             building = mx.get_peak_memory()

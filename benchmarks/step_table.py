@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 LoadedCell = Mapping[str, Any]
@@ -30,19 +30,20 @@ def figures_of(cells: Sequence[LoadedCell]) -> dict[str, float]:
         figures["least_share_of_arithmetic"] = min(cell["share_of_arithmetic"] for cell in steps)
     if found := [cell for cell in cells if cell["kind"] == "curves"]:
         figures["max_curve_difference"] = max(cell["max_curve_difference"] for cell in found)
-    if found := [cell for cell in steps if "their_peak_gb" in cell]:
-        figures["least_memory_ratio"] = min(map(_memory_ratio, found))
+    if found := [cell for cell in cells if cell["kind"] == "memory"]:
+        figures["memory_ratio"] = max(found, key=_leading)["memory_ratio"]
     return {name: float(f"{figure:.3g}") for name, figure in figures.items()}
 
 
-def markdown(cells: Iterable[LoadedCell]) -> str:
+def markdown(cells: Sequence[LoadedCell]) -> str:
     """The training steps as a Markdown table, a line each."""
     head = (
         "| model | base | layers | batch | rows | mlx-lm, tokens/s | Tunesmith, tokens/s | ratio "
         "| of arithmetic | peak memory, GB | loss difference |"
     )
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
-    lines += [_line(cell) for cell in cells if cell["kind"] == "step"]
+    memory = {_place(cell): cell for cell in cells if cell["kind"] == "memory"}
+    lines += [_line(cell, memory.get(_place(cell))) for cell in cells if cell["kind"] == "step"]
     return "\n".join(lines)
 
 
@@ -50,12 +51,13 @@ def in_words(cell: LoadedCell) -> str:
     """A cell as it is printed once it is measured."""
     if cell["kind"] == "curves":
         return f"{cell['key']}: curves differ by {cell['max_curve_difference']:.1e} in {cell['steps']} steps"
+    if cell["kind"] == "memory":
+        our, their = cell["our_peak_gb"], cell["their_peak_gb"]
+        return f"{cell['key']}: {cell['memory_ratio']:.0%} of the memory, {our:.2f} GB for {their:.2f}"
     told = f"{cell['key']}: {cell['ratio']:.2f}x"
     if cell["kind"] == "validation":
         return f"{told}, {cell['our_s']:.2f} s for mlx-lm's {cell['their_s']:.2f} s"
     told += f", {cell['share_of_arithmetic']:.0%} of arithmetic's {cell['arithmetic_ratio']:.2f}x"
-    if "their_peak_gb" in cell:
-        told += f", {_memory_ratio(cell):.0%} of the memory"
     return f"{told}, losses differ by {cell['loss_difference']:.1e}"
 
 
@@ -70,14 +72,16 @@ def _leading(cell: LoadedCell) -> tuple[Any, ...]:
     )
 
 
-def _memory_ratio(cell: LoadedCell) -> float:
-    return float(cell["our_peak_gb"] / cell["their_peak_gb"])
+def _place(cell: LoadedCell) -> tuple[Any, ...]:
+    """What a cell is of, whatever is measured there."""
+    names = ("model", "method", "layers", "batch_size", "length", "prompt_percent", "rows")
+    return tuple(cell[name] for name in names)
 
 
-def _line(cell: LoadedCell) -> str:
+def _line(cell: LoadedCell, of_memory: LoadedCell | None) -> str:
     depth = "all" if cell["layers"] == ALL else str(cell["layers"])
     rows = "chats" if cell["rows"] == "stdlib" else f"{cell['length']}, {cell['prompt_percent']}% prompt"
-    memory = f"{cell['our_peak_gb']:.2f} for {cell['their_peak_gb']:.2f}" if "their_peak_gb" in cell else ""
+    memory = f"{of_memory['our_peak_gb']:.2f} for {of_memory['their_peak_gb']:.2f}" if of_memory else ""
     return (
         f"| {cell['model']} | {cell['base']} | {depth} | {cell['batch_size']} | {rows} "
         f"| {cell['their_tokens_per_second']:,.0f} | {cell['our_tokens_per_second']:,.0f} "

@@ -70,7 +70,7 @@ def main() -> None:
     chosen = _arguments()
     file = chosen.cells or Path("build") / f"train_step-{machine_name()}.jsonl"
     if chosen.table:
-        print(markdown(_measured(file).values()))
+        print(markdown(list(_measured(file).values())))
         return
     started = time.perf_counter()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def main() -> None:
         for done in _measure(todo, chosen, started):
             measured[done["key"]] = done = {**done, "code": code, "commit": commit()}
             with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(done) + "\n")
+                lines.write("\n" + json.dumps(done) + "\n")  # the line before may have been cut off
             print(in_words(done), flush=True)
     if left := [cell.key for cell in wanted if cell.key not in measured]:
         print(f"{len(left)} of {len(wanted)} cells are left: run again to go on")
@@ -102,7 +102,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=_numbers, help="positions of a row, as 512,2048")
     parser.add_argument("--rows", type=_words, default=[SYNTHETIC], help="of synthetic, stdlib")
     parser.add_argument("--steps", type=int, help="timed, of either side, in each cell")
-    parser.add_argument("--memory", choices=("none", "some", "all"), help="some: at 50%% prompt")
+    parser.add_argument("--memory", choices=("none", "some", "all"), help="some: where rows are longest")
     parser.add_argument("--curves", action="store_true", help="100 steps of either side, side by side")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so long")
     parser.add_argument("--cells", type=Path, help="the file that measured cells are kept in")
@@ -152,53 +152,51 @@ def _cells(chosen: argparse.Namespace) -> Iterator[Cell]:
                 yield from (Cell("step", model, method, depth, 4, rows=STDLIB) for depth in depths)
                 yield Cell("validation", model, method, 8, 4, rows=STDLIB)
             elif rows == SYNTHETIC:
-                axes = product(chosen.length, chosen.batches, depths, chosen.prompts)
+                axes = list(product(chosen.length, chosen.batches, depths, chosen.prompts))
                 for length, batch, depth, prompt in axes:
                     yield Cell("step", model, method, depth, batch, length, prompt)
+                longest, largest = max(chosen.length), max(chosen.batches)
                 if 8 in depths:
-                    length, batch = max(chosen.length), max(chosen.batches)
-                    yield Cell("validation", model, method, 8, batch, length, 50)
+                    yield Cell("validation", model, method, 8, largest, longest, 50)
+                for length, batch, depth, prompt in axes:
+                    some = (length, batch, prompt) == (longest, largest, 50)
+                    if chosen.memory == "all" or (chosen.memory == "some" and some):
+                        yield Cell("memory", model, method, depth, batch, length, prompt)
         if chosen.curves:
             yield Cell("curves", model, method, min(8, layers), CURVE_BATCH, CURVE_LENGTH, 50)
 
 
 def _measure(todo: list[Cell], chosen: argparse.Namespace, started: float) -> Iterator[dict[str, Any]]:
-    """The cells of one base, one after another, with the base in memory once."""
-    if not todo:
-        return
-    theirs = make_base(todo[0].model, todo[0].method)
-    bases = (as_ours(theirs), theirs)
+    """The cells of one base, one after another, with the base in memory once where it is needed."""
     held: Chats | None = None
+    bases: tuple[Base, Base] | None = None
     for cell in todo:
         if time.perf_counter() - started > 60 * chosen.minutes:
             return
+        if cell.kind == "memory":
+            bases = None  # one after the other: each side's process makes its own
+        elif bases is None:
+            theirs = make_base(cell.model, cell.method)
+            bases = (as_ours(theirs), theirs)
+            del theirs
         if cell.rows == STDLIB:
             held = held or chats(VALIDATION_ROWS)
-        yield {
-            "key": cell.key,
-            **asdict(cell),
-            "base": _base_in_words(cell),
-            **_figures(cell, bases, held if cell.rows == STDLIB else None, chosen),
-        }
+        figures = _figures(cell, bases, held if cell.rows == STDLIB else None, chosen)
+        yield {"key": cell.key, **asdict(cell), "base": _base_in_words(cell), **figures}
         gc.collect()
         mx.clear_cache()
 
 
 def _figures(
-    cell: Cell, bases: tuple[Base, Base], held: Chats | None, chosen: argparse.Namespace
+    cell: Cell, bases: tuple[Base, Base] | None, held: Chats | None, chosen: argparse.Namespace
 ) -> dict[str, Any]:
-    match cell.kind:
-        case "curves":
-            return measure_curves(cell, bases, 10 if chosen.quick else 100)
-        case "validation":
-            return measure_validation(cell, bases, held, 1 if chosen.quick else 3)
-    figures = measure_step(cell, bases, held, chosen.steps)
-    wanted = chosen.memory == "all" or (chosen.memory == "some" and cell.prompt_percent == 50)
-    if wanted and cell.rows == SYNTHETIC:
-        for side, name in (("ours", "our"), ("theirs", "their")):
-            found = measure_memory(cell, side)
-            figures |= {f"{name}_{figure}": value for figure, value in found.items()}
-    return figures
+    if bases is None:
+        return measure_memory(cell)
+    if cell.kind == "curves":
+        return measure_curves(cell, bases, 10 if chosen.quick else 100)
+    if cell.kind == "validation":
+        return measure_validation(cell, bases, held, 1 if chosen.quick else 3)
+    return measure_step(cell, bases, held, chosen.steps)
 
 
 def _base_in_words(cell: Cell) -> str:
