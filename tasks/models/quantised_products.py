@@ -2,14 +2,21 @@
 
 MLX's CUDA kernels for quantised products (0.32.4) are made for the few rows of generation: from a few
 hundred rows on they reach 140 TFLOP/s on an H200, where dequantising a matrix (0.07 ms) and multiplying in
-bfloat16 reaches 600. The weights are dequantised again for the gradient, so that none stays in memory between.
-On Metal the quantised kernels keep up, and stay.
+bfloat16 reaches 600. The weights are dequantised again for the gradient, so that none stays in memory
+between. On Metal the quantised kernels keep up, and stay.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import mlx.core as mx
 import mlx.nn as nn
+
+_kept: ContextVar[dict[int, mx.array] | None] = ContextVar("_kept", default=None)
+"""Dequantised weights by id of their layer, while they are to be shared."""
 
 LEAST_ROWS = 256
 """From here on; with fewer, as in generation, MLX's own kernels are as fast or faster."""
@@ -28,6 +35,16 @@ def use_dequantised_products(model: nn.Module) -> None:
             module.__class__ = _Embedding
 
 
+@contextmanager
+def dequantised_once() -> Iterator[None]:
+    """Within the block a layer's weights are dequantised once, and kept to its end."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 class _Linear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         if _rows(x) < LEAST_ROWS:
@@ -43,6 +60,11 @@ class _Embedding(nn.QuantizedEmbedding):
 
 def dequantised_product(layer: nn.Module, x: mx.array) -> mx.array:
     """x (…, inputs) times the transposed weights of a quantised layer, (…, outputs)."""
+
+    if (kept := _kept.get()) is not None:
+        if id(layer) not in kept:
+            kept[id(layer)] = _weights(layer, layer["weight"])
+        return x @ kept[id(layer)].T
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
