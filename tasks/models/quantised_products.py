@@ -48,14 +48,18 @@ def dequantised_once() -> Iterator[None]:
 class _Linear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         if _rows(x) < LEAST_ROWS:
-            return super().__call__(x)
+            few: mx.array = super().__call__(x)  # type: ignore[no-untyped-call]
+            return few
         y = dequantised_product(self, x)
         return y + self["bias"] if "bias" in self else y
 
 
 class _Embedding(nn.QuantizedEmbedding):
     def as_linear(self, x: mx.array) -> mx.array:
-        return super().as_linear(x) if _rows(x) < LEAST_ROWS else dequantised_product(self, x)
+        if _rows(x) < LEAST_ROWS:
+            few: mx.array = super().as_linear(x)  # type: ignore[no-untyped-call]
+            return few
+        return dequantised_product(self, x)
 
 
 def dequantised_product(layer: nn.Module, x: mx.array) -> mx.array:
