@@ -35,7 +35,7 @@ from tasks.train.loss import mean_loss
 from tasks.train.low_rank import low_rank_scale
 from tasks.train.optimizers import make_optimizer
 from tasks.train.prefix_cache import PrefixedRows
-from tasks.train.update import Updates
+from tasks.train.update import Launched, Updates
 
 LONG = 1_000_000
 """Updates planned, for a learning rate that is constant anyway."""
@@ -66,7 +66,6 @@ class OurTrainer:
         self.network, self.settings, self.steps = network, settings, 0
         self._updates = Updates(network, make_optimizer(settings), settings, steps=LONG)
         self._order = self.groups()
-        self._next: Group | None = None
         network.train()
 
     def groups(self) -> Iterator[Group]:
@@ -80,14 +79,18 @@ class OurTrainer:
         return self._updates.launch(group.batches, self.steps).figures()["train_loss"]
 
     def run(self, count: int) -> list[Group]:
-        """The next so many updates as the product's loop makes them: a batch while an update is under way."""
-        done = []
+        """The next so many updates as the product's loop makes them: one is launched behind another."""
+        done: list[Group] = []
+        before: Launched | None = None
         for _ in range(count):
             self.steps += 1
-            done.append(self._next or next(self._order))
+            done.append(next(self._order))
             launched = self._updates.launch(done[-1].batches, self.steps)
-            self._next = next(self._order)
-            launched.figures()
+            if before:
+                before.figures()
+            before = launched
+        if before:
+            before.figures()
         return done
 
     def validate(self) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,7 +36,7 @@ from tasks.train.loss import batch_loss, mean_loss
 from tasks.train.optimizers import make_optimizer, optimizer_state
 from tasks.train.schedules import learning_rate_at
 from tasks.train.state import Training
-from tasks.train.update import Updates, dropout_seed
+from tasks.train.update import Launched, Updates, dropout_seed
 
 
 def tiny_network(settings: TrainSettings | None = None) -> Model:
@@ -401,3 +402,30 @@ def test_a_new_adapter_leaves_the_model_as_it_was_and_depends_on_its_seed() -> N
     assert equal(adapter_weights(adapted), adapter_weights(again))
     assert not equal(adapter_weights(adapted), adapter_weights(other))
     assert isinstance(adapted, nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("steps_per_eval", "expected"),
+    [
+        (100, "launch 1 launch 2 read 1 launch 3 read 2 launch 4 read 3 read 4"),
+        (2, "launch 1 launch 2 read 1 read 2 launch 3 launch 4 read 3 read 4"),
+    ],
+)
+def test_an_update_is_launched_behind_another_unless_something_is_done_with_the_weights_between(
+    token_rows: TokenRows, monkeypatch: pytest.MonkeyPatch, steps_per_eval: int, expected: str
+) -> None:
+    order: list[str] = []
+    launch, figures = Updates.launch, Launched.figures
+
+    def launched(updates: Updates, batches: Any, step: int) -> Launched:
+        order.append(f"launch {step}")
+        return launch(updates, batches, step)
+
+    def read(update: Launched) -> dict[str, float]:
+        order.append(f"read {update.step}")
+        return figures(update)
+
+    monkeypatch.setattr(Updates, "launch", launched)
+    monkeypatch.setattr(Launched, "figures", read)
+    train(token_rows, max_steps=4, steps_per_eval=steps_per_eval)
+    assert " ".join(order) == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
@@ -25,7 +26,7 @@ from tasks.train.loss import mean_loss
 from tasks.train.optimizers import make_optimizer, optimizer_state, restore_optimizer
 from tasks.train.soft_prompt import prefix_ids, with_prefix
 from tasks.train.state import Training
-from tasks.train.update import Updates
+from tasks.train.update import Launched, Updates
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def fit(
     Where `max_minutes` ends a run is the machine's doing, but what it ends is not: the updates, and the
     learning rates, which follow the steps planned, are the first of the same run without that limit.
 
-    SIGINT and SIGTERM take effect after the update under way, with a checkpoint.
+    SIGINT and SIGTERM take effect after the updates under way, two at most, with a checkpoint.
 
     Raises:
         StepError: no token is supervised, or a loss, gradient or weight is not finite; no checkpoint
@@ -87,32 +88,44 @@ def fit(
         training.epoch,
         training.position,
     )
-    upcoming: Group | None = None
     updates = Updates(model, optimizer, settings, training.steps)
     epoch_updates = updates_per_epoch(train, settings.batch_size, settings.accumulation_steps)
     recompute = gradient_checkpoint(model) if settings.grad_checkpoint else nullcontext()
     model.train()
     with recompute, PutOffSignals() as stop, progress("training", total=training.steps) as bar:
         bar.advance(training.step)
+        under_way: deque[tuple[Group, Launched]] = deque()
+
+        def launch() -> None:
+            group = next(groups)
+            under_way.append((group, updates.launch(group.batches, training.step + len(under_way) + 1)))
+
+        def goes_on_after(step: int) -> bool:
+            """Whether nothing is to be done with the weights as they are after that update."""
+            saved = checkpoints and checkpoints.due(step)
+            pause = saved or step % settings.steps_per_eval == 0 or stop.requested
+            return not (pause or step >= training.steps or _time_is_up(training, settings))
+
         while True:
-            limit = _limit_reached(training, settings)
-            if (limit or training.step % settings.steps_per_eval == 0) and not training.validated:
-                title = f"validation at {training.step}"
-                loss = mean_loss(model, valid, settings.batch_size, title, lambda: stop.requested)
-                if not stop.requested:
-                    note({"val_loss": _finite_val_loss(loss, training)})
-                    _keep_best(training, model)
-            if stop.requested:
-                save()
-                stop.act()
-                continue  # whoever handles the signal chose to go on
-            training.ended_by = limit or _patience_lost(training, settings)
-            if training.ended_by:
-                break
-            group = upcoming or next(groups)
-            launched = updates.launch(group.batches, training.step + 1)
-            # Made while the machine computes; after the last one there is nothing to make.
-            upcoming = next(groups) if training.step + 1 < training.steps else None
+            if not under_way:
+                limit = _limit_reached(training, settings)
+                if (limit or training.step % settings.steps_per_eval == 0) and not training.validated:
+                    title = f"validation at {training.step}"
+                    loss = mean_loss(model, valid, settings.batch_size, title, lambda: stop.requested)
+                    if not stop.requested:
+                        note({"val_loss": _finite_val_loss(loss, training)})
+                        _keep_best(training, model)
+                if stop.requested:
+                    save()
+                    stop.act()
+                    continue  # whoever handles the signal chose to go on
+                training.ended_by = limit or _patience_lost(training, settings)
+                if training.ended_by:
+                    break
+                launch()
+            if goes_on_after(training.step + 1):
+                launch()  # the machine goes on while the figures of the update before are read
+            group, launched = under_way.popleft()
             metrics = launched.figures()
             training.step += 1
             training.epoch, training.position = group.epoch, group.position
@@ -125,7 +138,7 @@ def fit(
                     "peak_memory": mx.get_peak_memory() / 1e9,
                 }
             )
-            if checkpoints and checkpoints.due(training.step):
+            if checkpoints and not under_way and checkpoints.due(training.step):
                 save()
             bar.advance(1, f"loss {metrics['train_loss']:.3f}  {metrics['tokens_per_second']:.0f} tokens/s")
     if training.step < training.steps:
@@ -178,8 +191,11 @@ def _limit_reached(training: Training, settings: TrainSettings) -> str:
     """The setting that ends the run here whatever its losses, or nothing."""
     if training.step >= training.steps:
         return "max_steps" if training.steps == settings.max_steps else "epochs"
-    minutes = settings.max_minutes
-    return "max_minutes" if minutes and training.step and training.seconds >= 60 * minutes else ""
+    return "max_minutes" if training.step and _time_is_up(training, settings) else ""
+
+
+def _time_is_up(training: Training, settings: TrainSettings) -> bool:
+    return settings.max_minutes is not None and training.seconds >= 60 * settings.max_minutes
 
 
 def _patience_lost(training: Training, settings: TrainSettings) -> str:

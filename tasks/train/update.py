@@ -42,6 +42,7 @@ class Updates:
     ) -> None:
         self._model, self._optimizer, self._settings, self._steps = model, optimizer, settings, steps
         optimizer.init(model.trainable_parameters())  # keeps what is there
+        self._clock = _Clock()
         self._gradient, self._apply = self._compute_gradient, self._apply_gradient
         if not (settings.dropout and settings.grad_checkpoint):  # which has to look at the random state
             self._gradient = mx.compile(
@@ -64,7 +65,7 @@ class Updates:
         losses, gradient = self.gradient(batches, step)
         norm, finite = self._apply(gradient)
         mx.async_eval(losses, norm, finite, self._model.trainable_parameters(), self._optimizer.state)
-        return Launched(step, batches, rate, losses, norm, finite, started, self._settings)
+        return Launched(step, batches, rate, losses, norm, finite, started, self._clock, self._settings)
 
     def gradient(self, batches: Sequence[Batch], step: int) -> tuple[list[mx.array], Any]:
         """What each batch adds to the group's mean loss, and the gradient as a tree."""
@@ -99,9 +100,16 @@ class Updates:
         return norm, mx.stack(finite).all()
 
 
+@dataclass
+class _Clock:
+    """When the update before was found to be done."""
+
+    done: float = 0.0
+
+
 @dataclass(frozen=True)
 class Launched:
-    """An update under way."""
+    """An update under way, behind the one launched before it."""
 
     step: int
     batches: Sequence[Batch]
@@ -110,6 +118,7 @@ class Launched:
     norm: mx.array
     finite: mx.array
     started: float
+    clock: _Clock
     settings: TrainSettings
 
     def figures(self) -> dict[str, float]:
@@ -126,7 +135,8 @@ class Launched:
             raise StepError(self._not_finite(f"loss {loss:g}, gradient norm {norm:g}", faulty))
         if not self.finite.item():
             raise StepError(self._not_finite("weights that are not finite after it"))
-        seconds = time.perf_counter() - self.started
+        now = time.perf_counter()
+        seconds, self.clock.done = now - max(self.started, self.clock.done), now
         return {
             "train_loss": loss,
             "grad_norm": norm,
