@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHMARKS := quickstart prepare
+BENCHMARKS := quickstart prepare train_step evaluate
 
 .PHONY: setup quickstart test slow kill lint format bench lock clean-venv
 
