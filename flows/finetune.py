@@ -14,12 +14,14 @@ from prefect import flow
 
 from flows.prefect_environment import log_our_steps
 from flows.resume import SETTINGS_FILE, settings_as_yaml
+from flows.steps import and_what_follows, tell_steps
 from tasks.config import Settings
 from tasks.evaluate import evaluate
 from tasks.fuse import fuse
 from tasks.models import import_model
 from tasks.models.folder import ModelFolder
 from tasks.prepare import prepare
+from tasks.publish import forcing
 from tasks.register import register
 from tasks.report import report
 from tasks.report.page import Finished
@@ -36,13 +38,17 @@ class Outcome:
 
 
 @flow(name="finetune", flow_run_name=lambda: run_name(_parameter()), validate_parameters=True)
-def finetune(settings: Settings, resumed: str | None = None) -> Outcome:
+def finetune(settings: Settings, resumed: str | None = None, force: tuple[str, ...] = ()) -> Outcome:
     """Fine-tune a language model and keep everything that is learnt about it.
 
     `resumed` is the MLflow id of a run of these settings that ended early and is to be continued.
+    `force` names steps that are done anew, with all that follows from them, though nothing has changed.
     """
     log_our_steps()
-    with mlflow_run(settings, run_name(settings), prefect_tags(), resumed=resumed) as run:
+    with (
+        forcing(and_what_follows(force)),
+        mlflow_run(settings, run_name(settings), prefect_tags(), resumed=resumed) as run,
+    ):
         if resumed is None:
             run.log_text(settings_as_yaml(settings), SETTINGS_FILE)
         model = import_model(settings.model)
@@ -58,7 +64,7 @@ def finetune(settings: Settings, resumed: str | None = None) -> Outcome:
         finished = Finished(
             run_name(settings), settings, model, data, adapter, evaluation, fused, registration, run
         )
-        run.set_tags({"tunesmith.reused": ", ".join(finished.reused())})
+        tell_steps(finished)
         return Outcome(finished, report(finished))
 
 

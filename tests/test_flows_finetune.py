@@ -101,8 +101,17 @@ def test_a_second_run_repeats_only_what_a_change_reaches(settings: Settings) -> 
     assert reused(finetune(change(settings, "evaluate.max_tokens=6"))) == {
         "prepare", "train", "fuse", "register",
     }  # fmt: skip
-    assert reused(finetune(change(settings, "train.max_steps=9"))) == {"prepare"}
-    assert reused(finetune(change(settings, "data.seed=1"))) == set()
+    forced = finetune(settings, force=("train",))
+    assert reused(forced) == {"prepare"}
+    stored = forced.finished.run.client.get_run(forced.finished.run.id)
+    assert stored.data.tags["tunesmith.reused"] == "prepare"
+    assert "train: --force; evaluate: --force" in stored.data.tags["tunesmith.made"]
+    assert forced.finished.registration is not None
+    assert forced.finished.registration.version == "2", "its weights may be others"
+    artifact = Artifact.get("steps")
+    assert artifact is not None
+    assert "| prepare | reused |" in str(artifact.data)
+    assert "| train | made |" in str(artifact.data)
 
 
 def test_a_fused_model_that_is_not_the_adapter_is_not_published(

@@ -21,6 +21,16 @@ from tasks.train.step import TRAINING_FILE
 
 
 @dataclass(frozen=True)
+class StepDone:
+    """What became of a step in a run: its output was there already, or was made and `why`."""
+
+    name: str
+    reused: bool
+    seconds: float
+    why: str
+
+
+@dataclass(frozen=True)
 class Finished:
     """Everything a finished run has to tell.
 
@@ -39,14 +49,21 @@ class Finished:
 
     def reused(self) -> list[str]:
         """The steps that found their output already made."""
-        steps = {
-            "prepare": self.data.reused,
-            "train": self.adapter.reused,
-            "evaluate": self.evaluation.reused,
-            "fuse": self.fused is not None and self.fused.reused,
-            "register": self.registration is not None and self.registration.reused,
+        return [step.name for step in self.steps() if step.reused]
+
+    def steps(self) -> list[StepDone]:
+        """Every step of the run in its order, with why it was done."""
+        outputs: dict[str, StepOutput | Evaluation] = {
+            "prepare": self.data,
+            "train": self.adapter,
+            "evaluate": self.evaluation,
         }
-        return [name for name, again in steps.items() if again]
+        if self.fused is not None:
+            outputs["fuse"] = self.fused
+        done = [StepDone(name, made.reused, made.seconds, made.why) for name, made in outputs.items()]
+        if told := self.registration:
+            done.append(StepDone("register", told.reused, 0.0, "" if told.reused else "a new version"))
+        return done
 
 
 def write_report(finished: Finished) -> Path:
