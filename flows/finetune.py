@@ -37,7 +37,7 @@ class Outcome:
     report: Path
 
 
-@flow(name="finetune", flow_run_name=lambda: run_name(_parameter()), validate_parameters=True)
+@flow(name="finetune", flow_run_name=lambda: run_name(given_settings()), validate_parameters=True)
 def finetune(settings: Settings, resumed: str | None = None, force: tuple[str, ...] = ()) -> Outcome:
     """Fine-tune a language model and keep everything that is learnt about it.
 
@@ -89,6 +89,7 @@ def prefect_tags() -> dict[str, str]:
     }
 
 
-def _parameter() -> Settings:
+def given_settings() -> Settings:
+    """The settings with which Prefect has started this flow run."""
     given = prefect.runtime.flow_run.get_parameters()["settings"]
     return given if isinstance(given, Settings) else Settings.model_validate(given)

@@ -515,6 +515,17 @@ def stored_runs(settings: TrackingSettings) -> list[StoredRun]:
             return runs
 
 
+def newest_run_with(settings: TrackingSettings, tags: Mapping[str, str]) -> StoredRun | None:
+    """The newest finished run of the experiment with these tags."""
+    client, _, experiment = connect(settings)
+    wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    found = client.search_runs([experiment], f"{wanted} and attributes.status = 'FINISHED'", max_results=1)
+    for run in found:
+        info = run.info
+        return StoredRun(info.run_id, info.run_name or "", info.status, run.data.tags.get(PROCESS, ""))
+    return None
+
+
 @dataclass(frozen=True)
 class Record:
     """What a run has left in the store: settings as text, the last value of each figure, tags."""
