@@ -14,10 +14,11 @@ from prefect import flow
 
 from flows.prefect_environment import log_our_steps
 from flows.resume import SETTINGS_FILE, settings_as_yaml
-from flows.steps import and_what_follows, tell_steps
+from flows.steps import and_what_follows, patiently, tell_steps
 from tasks.config import Settings
 from tasks.evaluate import evaluate
 from tasks.fuse import fuse
+from tasks.machine import machine_turn
 from tasks.models import import_model
 from tasks.models.folder import ModelFolder
 from tasks.prepare import prepare
@@ -51,13 +52,16 @@ def finetune(settings: Settings, resumed: str | None = None, force: tuple[str, .
     ):
         if resumed is None:
             run.log_text(settings_as_yaml(settings), SETTINGS_FILE)
-        model = import_model(settings.model)
-        data = prepare(settings.data, model, run)
-        adapter = train(settings.train, model, data, run)
-        evaluation = evaluate(settings.evaluate, model, adapter, data, run, settings.train)
-        fused = fuse(settings.fuse, model, adapter, data) if settings.fuse.enabled else None
+        step = patiently(settings.flow)
+        model = step(import_model)(settings.model)
+        data = step(prepare)(settings.data, model, run)
+        with machine_turn(f"run {run_name(settings)} ({run.id[:8]})", settings.flow.when_busy):
+            adapter = step(train)(settings.train, model, data, run)
+            evaluation = step(evaluate)(settings.evaluate, model, adapter, data, run, settings.train)
+            fused = step(fuse)(settings.fuse, model, adapter, data) if settings.fuse.enabled else None
+        name = registered_name(settings, model)
         registration = (
-            register(settings, registered_name(settings, model), model, adapter, data, evaluation, run)
+            step(register)(settings, name, model, adapter, data, evaluation, run)
             if settings.register_.enabled
             else None
         )

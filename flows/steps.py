@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
+
+from tasks.errors import StepError
+from tasks.patience import patience
 
 if TYPE_CHECKING:
+    from prefect import Task
+
+    from tasks.config import FlowSettings
     from tasks.report.page import Finished, StepDone
 
 log = logging.getLogger(__name__)
@@ -30,6 +36,34 @@ ARTIFACT = "steps"
 def and_what_follows(steps: Iterable[str]) -> frozenset[str]:
     """The steps with all that depend on them: a forced training may not end in the very same weights."""
     return frozenset(name for step in steps for name in (step, *FOLLOWS[step]))
+
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
+
+
+def patiently(settings: FlowSettings) -> Callable[[Task[Given, Made]], Callable[Given, Made]]:
+    """A step's task as these settings want it: tried again where that may help, for so long and no longer.
+
+    Called, it raises `StepError` where the step took longer than `flow.step_minutes`.
+    """
+    from prefect.task_engine import TaskRunTimeoutError
+
+    def of_step(task: Task[Given, Made]) -> Callable[Given, Made]:
+        patient = task.with_options(**patience(settings))
+
+        def step(*given: Given.args, **named: Given.kwargs) -> Made:
+            try:
+                return patient(*given, **named)
+            except TaskRunTimeoutError:
+                raise StepError(
+                    f"{task.name} took longer than flow.step_minutes = {settings.step_minutes:g}; raise it, "
+                    "and 'tunesmith resume' goes on from the last checkpoint"
+                ) from None
+
+        return step
+
+    return of_step
 
 
 def tell_steps(finished: Finished) -> None:

@@ -344,6 +344,21 @@ class TrackingSettings(Section):
     )
 
 
+class FlowSettings(Section):
+    """How a run is carried out: tries, limits, turns on the machine, who is told of its end."""
+
+    retries: int = Field(
+        2, ge=0, le=20, description="tries more of a step that failed for what may heal, as a network"
+    )
+    retry_pause_s: float = Field(10.0, ge=0, description="before the first of them; doubled each time")
+    step_minutes: float | None = Field(
+        None, gt=0, description="a step that takes longer fails; training goes on from there when resumed"
+    )
+    when_busy: Literal["wait", "refuse", "share"] = Field(
+        "wait", description="while another run trains on this machine"
+    )
+
+
 class Settings(Section):
     """Everything that decides what a run does."""
 
@@ -356,6 +371,7 @@ class Settings(Section):
     register_: RegisterSettings = Field(RegisterSettings(), alias="register")
     search: SearchSettings = SearchSettings()
     tracking: TrackingSettings = TrackingSettings()
+    flow: FlowSettings = FlowSettings()
 
     @model_validator(mode="after")
     def _method_fits_the_rest(self) -> Settings:
