@@ -12,7 +12,8 @@ from pathlib import Path
 import prefect.runtime.flow_run
 from prefect import flow
 
-from flows.prefect_environment import log_our_steps
+from flows.flow_run import begin_flow_run, close_mlflow_runs, link_mlflow_run
+from flows.live_progress import live_progress
 from flows.resume import SETTINGS_FILE, settings_as_yaml
 from flows.steps import and_what_follows, patiently, tell_steps
 from tasks.config import Settings
@@ -38,18 +39,26 @@ class Outcome:
     report: Path
 
 
-@flow(name="finetune", flow_run_name=lambda: run_name(given_settings()), validate_parameters=True)
+@flow(
+    name="finetune",
+    flow_run_name=lambda: run_name(given_settings()),
+    on_failure=[close_mlflow_runs],
+    on_crashed=[close_mlflow_runs],
+    on_cancellation=[close_mlflow_runs],
+)
 def finetune(settings: Settings, resumed: str | None = None, force: tuple[str, ...] = ()) -> Outcome:
     """Fine-tune a language model and keep everything that is learnt about it.
 
     `resumed` is the MLflow id of a run of these settings that ended early and is to be continued.
     `force` names steps that are done anew, with all that follows from them, though nothing has changed.
     """
-    log_our_steps()
+    begin_flow_run(settings)
     with (
+        live_progress(),
         forcing(and_what_follows(force)),
         mlflow_run(settings, run_name(settings), prefect_tags(), resumed=resumed) as run,
     ):
+        link_mlflow_run(run.uri, run.experiment_id, run.id)
         if resumed is None:
             run.log_text(settings_as_yaml(settings), SETTINGS_FILE)
         step = patiently(settings.flow)
@@ -89,6 +98,7 @@ def prefect_tags() -> dict[str, str]:
     """Tags that lead from the MLflow run to the Prefect flow run."""
     return {
         "prefect.flow_run_id": str(prefect.runtime.flow_run.get_id() or ""),
+        "prefect.parent_flow_run_id": str(prefect.runtime.flow_run.get_parent_flow_run_id() or ""),
         "prefect.flow_run_name": str(prefect.runtime.flow_run.get_name() or ""),
     }
 

@@ -22,7 +22,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.states import Completed
 
 from flows.finetune import finetune, given_settings, run_name
-from flows.prefect_environment import log_our_steps
+from flows.flow_run import begin_flow_run, close_mlflow_runs
 from tasks.config import Settings, flatten
 from tasks.errors import InputError
 from tasks.prepare.sources import check_source, source_inputs
@@ -66,10 +66,16 @@ class Retrained:
     report: Path | None = None
 
 
-@flow(name="retrain", flow_run_name=lambda: f"retrain {Path(given_settings().data.source).stem} {_due()}")
+@flow(
+    name="retrain",
+    flow_run_name=lambda: f"retrain {Path(given_settings().data.source).stem} {_due()}",
+    on_failure=[close_mlflow_runs],
+    on_crashed=[close_mlflow_runs],
+    on_cancellation=[close_mlflow_runs],
+)
 def retrain(settings: Settings) -> Retrained:
     """Fine-tune if the rows have changed, and promote what is better than the champion."""
-    log_our_steps()
+    begin_flow_run(settings)
     check_registry(settings)
     rows = rows_fingerprint(settings)
     plan = fingerprint([rows, plan_of(settings)])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.deploy import lasting_api, local_timezone, next_fire_times
+from flows.prefect_environment import OURS
 from tasks.config import Settings
 from tasks.errors import InputError
 
@@ -67,6 +68,8 @@ def deploy(
             ),
             entrypoint_type=EntrypointType.MODULE_PATH,
             work_pool_name=pool,
+            # A worker starts Prefect without our command: the log lines of our packages are to reach it.
+            job_variables={"env": {"PREFECT_LOGGING_EXTRA_LOGGERS": ",".join(OURS)}},
         )
         deployment.apply()
     return Deployed(f"{retrain.name}/{name}", pool, api_url, made)

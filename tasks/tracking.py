@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import platform
 import shutil
 import tempfile
 import threading
@@ -24,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.alive import this_process
 from tasks.config import CREDENTIALS, Settings, TrackingSettings, flatten
 from tasks.errors import InputError, StepError
 from tasks.home import cache_dir, runs_dir
@@ -576,13 +576,6 @@ def read_folder(settings: TrackingSettings, run_id: str, name: str) -> Path | No
         with publishing(target) as draft, tempfile.TemporaryDirectory() as fetched:
             shutil.copytree(client.download_artifacts(run_id, name, fetched), draft, dirs_exist_ok=True)
     return target
-
-
-def this_process() -> str:
-    """This process in words that no other process, now or later, shares: host, id, time of its start."""
-    import psutil
-
-    return f"{platform.node()} {os.getpid()} {psutil.Process().create_time():.2f}"
 
 
 def check_store(settings: TrackingSettings) -> str:

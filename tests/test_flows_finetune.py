@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -71,7 +72,24 @@ def test_one_flow_leaves_a_complete_mlflow_run_an_adapter_and_a_report(settings:
     artifact = Artifact.get("evaluation")
     assert artifact is not None
     assert "test loss" in str(artifact.data)
+    link = Artifact.get("mlflow-run")
+    assert link is not None
+    assert f"/runs/{finished.run.id})" in str(link.data)
+    assert str(link.flow_run_id) == stored.data.tags["prefect.flow_run_id"], "and the other way round"
     assert finished.reused() == []
+
+
+def test_a_training_waits_for_its_turn_on_the_machine(
+    settings: Settings, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(who: str, when_busy: str) -> None:
+        assert when_busy == "refuse"
+        raise StepError("run nightly is training on this machine")
+
+    monkeypatch.setattr(sys.modules[finetune.__module__], "machine_turn", busy)
+    with pytest.raises(StepError, match="run nightly"):
+        finetune(change(settings, "flow.when_busy=refuse"))
+    assert not (home / "steps" / "train").exists()
 
 
 def test_fused_model_answers_as_base_and_adapter_do(settings: Settings) -> None:

@@ -114,6 +114,24 @@ def retrain(config: Config, overrides: Overrides | None = None, /) -> None:
 
 
 @app.command(group=OPERATE)
+def clean(config: Config | None = None, /) -> None:
+    """Close what a power cut or a kill has left running in MLflow, Prefect and Optuna; living runs stay."""
+    from flows.prefect_environment import prepare_prefect, wake_server
+
+    settings = load(config, [])
+    prepare_prefect(quiet=True)
+    with advised_screen(quiet=True) as shown:
+        from flows.clean import clean as close
+        from tasks.progress import progress
+
+        with progress("starting Prefect"):
+            wake_server()
+        lines = close(settings.tracking).lines()
+    for line in lines or ["nothing was left running"]:
+        shown.line(line)
+
+
+@app.command(group=OPERATE)
 def up(*, port: int = 4200) -> None:
     """Keep a local Prefect server running: flows then start sooner, and its UI shows every run."""
     from flows.server import up as start
