@@ -199,6 +199,27 @@ def test_a_schedule_trains_then_rests_then_trains_again_after_a_row_is_added(
 
 
 @pytest.mark.slow
+def test_a_run_killed_under_a_schedule_is_marked_in_prefect_and_mlflow(
+    prefect: ServerState, serve: Serve, small: list[str]
+) -> None:
+    endless = ["train.max_steps=1000000", "train.epochs=1000000", "train.steps_per_eval=1000000"]
+    server = serve("flows.retrain", "retrain", *small, *endless)
+    client, _, experiment = connect(TrackingSettings())
+
+    def at_work() -> Any:
+        runs = client.search_runs([experiment])
+        return next((run for run in runs if "train_loss" in run.data.metrics), None)
+
+    run = wait_for(at_work, 180, server)
+    os.kill(int(run.data.tags["tunesmith.process"].split()[-2]), signal.SIGKILL)
+    wait_for(lambda: client.get_run(run.info.run_id).info.status == "KILLED", 120, server)
+    server.send_signal(signal.SIGINT)
+    server.communicate(timeout=60)
+    assert "its process is gone" in client.get_run(run.info.run_id).data.tags["tunesmith.error"]
+    assert flow_runs(prefect, "CRASHED")
+
+
+@pytest.mark.slow
 def test_sigterm_ends_the_schedule_with_143_and_leaves_no_run_behind(
     prefect: ServerState, serve: Serve, tmp_path: Path
 ) -> None:
