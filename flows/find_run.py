@@ -8,6 +8,16 @@ from tasks.errors import InputError
 from tasks.tracking import StoredRun, stored_runs, tracking_uri
 
 
+def newest_run(reference: str, tracking: TrackingSettings) -> StoredRun:
+    """The newest run of that name, else the one run of that id: who looks at a run means the last one.
+
+    Raises:
+        InputError: there is none, or several have an id that begins like this.
+    """
+    named = [run for run in stored_runs(tracking) if run.name == reference]
+    return named[0] if named else find_run(reference, tracking)
+
+
 def find_run(reference: str, tracking: TrackingSettings) -> StoredRun:
     """The run that `reference` means, whatever its status.
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import prefect.runtime.flow_run
 from prefect import flow
+from prefect.states import Completed
 
 from flows.flow_run import begin_flow_run, close_mlflow_runs, link_mlflow_run
 from flows.live_progress import live_progress
+from flows.notify import notify
 from flows.resume import SETTINGS_FILE, settings_as_yaml
 from flows.steps import and_what_follows, patiently, tell_steps
 from tasks.config import Settings
@@ -27,6 +29,7 @@ from tasks.publish import forcing
 from tasks.register import register
 from tasks.report import report
 from tasks.report.page import Finished
+from tasks.system_metrics import system_metrics
 from tasks.tracking import mlflow_run
 from tasks.train import train
 
@@ -42,9 +45,10 @@ class Outcome:
 @flow(
     name="finetune",
     flow_run_name=lambda: run_name(given_settings()),
-    on_failure=[close_mlflow_runs],
-    on_crashed=[close_mlflow_runs],
-    on_cancellation=[close_mlflow_runs],
+    on_completion=[notify],
+    on_failure=[close_mlflow_runs, notify],
+    on_crashed=[close_mlflow_runs, notify],
+    on_cancellation=[close_mlflow_runs, notify],
 )
 def finetune(settings: Settings, resumed: str | None = None, force: tuple[str, ...] = ()) -> Outcome:
     """Fine-tune a language model and keep everything that is learnt about it.
@@ -57,6 +61,7 @@ def finetune(settings: Settings, resumed: str | None = None, force: tuple[str, .
         live_progress(),
         forcing(and_what_follows(force)),
         mlflow_run(settings, run_name(settings), prefect_tags(), resumed=resumed) as run,
+        system_metrics(run, run.started_ms()),
     ):
         link_mlflow_run(run.uri, run.experiment_id, run.id)
         if resumed is None:
@@ -78,7 +83,9 @@ def finetune(settings: Settings, resumed: str | None = None, force: tuple[str, .
             run_name(settings), settings, model, data, adapter, evaluation, fused, registration, run
         )
         tell_steps(finished)
-        return Outcome(finished, report(finished))
+        outcome = Outcome(finished, report(finished))
+        # Prefect shows the message beside the state of the run.
+        return Completed(message=in_a_line(finished), data=outcome)  # type: ignore[return-value]
 
 
 def run_name(settings: Settings) -> str:
@@ -87,6 +94,18 @@ def run_name(settings: Settings) -> str:
     layers = "all" if train.num_layers == -1 else train.num_layers
     source = Path(settings.data.source).stem
     return settings.name or f"{source}-layers{layers}-rank{train.rank}-lr{train.learning_rate:g}"
+
+
+def in_a_line(finished: Finished) -> str:
+    """What came out: the test loss of base and tuned, what was reused, where it stands in the registry."""
+    figures = finished.evaluation.figures()
+    told = [f"test loss {figures['base']['test_loss']:.4f} → {figures['tuned']['test_loss']:.4f}"]
+    if finished.registration:
+        alias = "@champion" if finished.registration.champion else "@challenger"
+        told.append(f"{finished.registration.name} version {finished.registration.version} is {alias}")
+    if reused := finished.reused():
+        told.append(f"reused {', '.join(reused)}")
+    return "; ".join(told)
 
 
 def registered_name(settings: Settings, model: ModelFolder) -> str:

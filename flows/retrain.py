@@ -23,6 +23,7 @@ from prefect.states import Completed
 
 from flows.finetune import finetune, given_settings, run_name
 from flows.flow_run import begin_flow_run, close_mlflow_runs
+from flows.notify import notify
 from tasks.config import Settings, flatten
 from tasks.errors import InputError
 from tasks.prepare.sources import check_source, source_inputs
@@ -69,9 +70,10 @@ class Retrained:
 @flow(
     name="retrain",
     flow_run_name=lambda: f"retrain {Path(given_settings().data.source).stem} {_due()}",
-    on_failure=[close_mlflow_runs],
-    on_crashed=[close_mlflow_runs],
-    on_cancellation=[close_mlflow_runs],
+    on_completion=[notify],
+    on_failure=[close_mlflow_runs, notify],
+    on_crashed=[close_mlflow_runs, notify],
+    on_cancellation=[close_mlflow_runs, notify],
 )
 def retrain(settings: Settings) -> Retrained:
     """Fine-tune if the rows have changed, and promote what is better than the champion."""

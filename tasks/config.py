@@ -357,6 +357,15 @@ class FlowSettings(Section):
     when_busy: Literal["wait", "refuse", "share"] = Field(
         "wait", description="while another run trains on this machine"
     )
+    notify_command: str | None = Field(
+        None, description="shell command run when a run has ended; a JSON record is its standard input"
+    )
+    notify_webhook_env: str = Field(
+        "TUNESMITH_WEBHOOK",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="environment variable with an address that the same record is posted to",
+    )
+    notify_on: Literal["both", "success", "failure"] = Field("both", description="of which ends is told")
 
 
 class Settings(Section):

@@ -110,6 +110,10 @@ class Run:
         for start in range(0, len(pairs), 100):
             self.client.log_batch(self.id, params=pairs[start : start + 100])
 
+    def started_ms(self) -> int:
+        """When it was first opened, since 1970."""
+        return int(self.client.get_run(self.id).info.start_time)
+
     def tag(self, name: str) -> str | None:
         """The value of a tag; None when it is not set."""
         value: str | None = self.client.get_run(self.id).data.tags.get(name)
