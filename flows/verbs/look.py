@@ -130,12 +130,22 @@ def evaluate(
 
 
 @app.command(group=LOOK)
-def ui(config: Config | None = None, /, *, port: int = 5000) -> None:
-    """Open the MLflow UI on this machine: runs, curves, comparisons, registered models."""
+def ui(
+    config: Config | None = None, /, *, port: int = 5000, prefect: Annotated[bool, Parameter()] = True
+) -> None:
+    """Serve the pages of MLflow, Prefect and (where it is installed) Optuna's dashboard on this machine.
+
+    Parameters
+    ----------
+    port
+        of MLflow's pages
+    prefect
+        start Prefect's server too, where it is not up
+    """
     from flows.ui import open_ui
     from tasks.tracking import send_leftovers, tracking_uri
 
     uri = tracking_uri(load(config, []).tracking)
     with advised_screen():
         send_leftovers(uri)
-        open_ui(port, uri)
+        open_ui(port, uri, prefect=prefect)
