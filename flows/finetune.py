@@ -28,7 +28,7 @@ from tasks.prepare import prepare
 from tasks.publish import forcing
 from tasks.register import register
 from tasks.report import report
-from tasks.report.page import Finished
+from tasks.report.finished import Finished
 from tasks.system_metrics import system_metrics
 from tasks.tracking import mlflow_run
 from tasks.train import train

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from prefect import Task
 
     from tasks.config import FlowSettings
-    from tasks.report.page import Finished, StepDone
+    from tasks.report.finished import Finished, StepDone
 
 log = logging.getLogger(__name__)
 

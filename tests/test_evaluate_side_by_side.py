@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_evaluate_measure import adapter
 
-from tasks.config import DataSettings, EvaluateSettings, Settings, TrackingSettings
+from tasks.config import DataSettings, EvaluateSettings, Settings, TrackingSettings, TrainSettings
 from tasks.evaluate.intervals import Interval
 from tasks.evaluate.side_by_side import (
     answer_table,
@@ -25,7 +25,7 @@ from tasks.evaluate.text_metrics import bleu_counts, corpus_bleu, row_scores
 from tasks.models.folder import ModelFolder
 from tasks.prepare.pipeline import prepare_data
 from tasks.publish import StepOutput
-from tasks.report.page import _samples
+from tasks.report.facts import samples
 from tasks.tracking import mlflow_run, read_text
 
 REFERENCES = [f"Answer number {n} says that {n} plus {n} is {2 * n}." for n in range(30)]
@@ -118,7 +118,7 @@ def test_the_worst_and_the_best_answers_are_found_and_none_twice() -> None:
     few_worst, few_best = worst_and_best(found[:3])
     assert sorted(few_worst + few_best) == [0, 1, 2]
     assert worst_and_best([]) == ([], [])
-    assert _samples([]) == {"The worst answers": [], "The best answers": []}
+    assert samples([]) == {"The worst answers": [], "The best answers": []}
     table = answer_table(found, found)
     assert table["tuned"][0] == found[order[0]]["answer"]
     assert {"prompt", "reference", "base", "tuned", "base chrf", "tuned chrf"} <= table.keys()
@@ -139,7 +139,7 @@ def test_both_sides_the_change_and_the_answers_are_in_mlflow(
     wanted = EvaluateSettings(samples=3, max_tokens=4, general_rows=2)
     with mlflow_run(Settings(), "a run", {}) as run:
         tuned = adapter(tiny_model, tmp_path / "a", 1)
-        evaluation = evaluate_adapter(wanted, tiny_model, tuned, data, run)
+        evaluation = evaluate_adapter(wanted, tiny_model, tuned, data, run, TrainSettings())
     stored = run.client.get_run(run.id)
     metrics = stored.data.metrics
     for name in ("test_loss", "perplexity", "token_accuracy", "general_loss", "chrf", "bleu", "cut_off"):

@@ -69,6 +69,11 @@ def test_one_flow_leaves_a_complete_mlflow_run_an_adapter_and_a_report(settings:
     assert "<svg" in page
     assert "change, 95% interval" in page
     assert "The worst answers" in page
+    assert "What to try next" in page, "of 60 rows more are advised"
+    assert outcome.report.with_suffix(".md").read_text().startswith(f"# {run_name(settings)}")
+    assert "Test loss" in stored.data.tags["mlflow.note.content"]
+    told = {path.path for path in client.list_artifacts(finished.run.id, "report")}
+    assert "report/facts.json" in told
     artifact = Artifact.get("evaluation")
     assert artifact is not None
     assert "test loss" in str(artifact.data)

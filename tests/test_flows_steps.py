@@ -19,7 +19,7 @@ from tasks.fuse.merge import fuse_adapter
 from tasks.models.folder import ModelFolder
 from tasks.prepare.pipeline import prepare_data
 from tasks.publish import FORCED, StepOutput, forcing, run_step
-from tasks.report.page import StepDone
+from tasks.report.finished import StepDone
 from tasks.tracking import Run, connect
 from tasks.train.step import train_adapter
 

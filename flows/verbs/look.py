@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -127,6 +128,26 @@ def evaluate(
         print(json.dumps([one.as_json() for one in measured], indent=2))
     else:
         print_measured(Console(), measured)
+
+
+@app.command(group=LOOK)
+def report(runs: list[str], /, *, out: Path | None = None) -> None:
+    """Write the report of runs, as HTML and as Markdown; of several, a page that compares them too.
+
+    Parameters
+    ----------
+    runs
+        MLflow runs: ids, beginnings of ids, or names
+    out
+        the folder to write to; mlruns/reports by default
+    """
+    quiet_prefect()
+    from flows.report import report_runs
+
+    with quiet_screen():
+        pages = report_runs(runs, out)
+    for page in pages:
+        print(page)
 
 
 @app.command(group=LOOK)
