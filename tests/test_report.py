@@ -33,7 +33,7 @@ def facts(**changed: Any) -> dict[str, Any]:
         "settings": {"train.rank": 16, "train.max_steps": 100, "name": None},
         "changed": ["train.rank"],
         "training": {"steps": 100, "planned_steps": 100, "ended_by": "", "advice": []},
-        "progression": progression([(0, {"val_loss": 3.0}), (50, {"val_loss": 2.1}), (99, {"val_loss": 2.1})]),
+        "progression": progression([(0, {"val_loss": 3.0}), (5, {"val_loss": 2.1}), (9, {"val_loss": 2.1})]),
         "history": {"train_loss": [(1, 3.0), (100, 2.0)], "val_loss": [(0, 3.0), (100, 2.1)]},
         "evaluation": {"lines": [line("test_loss")], "rows": 400, "answers": 8, "general": 0},
         "samples": {
@@ -109,7 +109,7 @@ def test_the_markdown_says_the_same_in_tables_that_hold() -> None:
         "Settings",
     ):
         assert f"\n## {heading}" in text
-    assert "| 50 (best) |" in text
+    assert "| 5 (best) |" in text
     assert "1 \\| 1?" in text
     assert "base: a b" in text
     columns = 0
