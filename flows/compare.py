@@ -23,6 +23,7 @@ PASSING = (
     "train_loss",
     "val_loss",
     "iterations_per_second",
+    "system/",
 )
 """Figures whose last value says nothing of the run as a whole, or that are shown in another form."""
 

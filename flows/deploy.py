@@ -1,7 +1,13 @@
-"""`tunesmith schedule CONFIG --cron "0 2 * * *"`: the finetune flow, again and again while this runs.
+"""`tunesmith schedule CONFIG --cron "0 2 * * *"`: the retrain flow, again and again while this runs.
 
-The flow is served by Prefect: the local server keeps the schedule, this process starts the runs, one
-at a time. Times are those of the machine's time zone unless another is named.
+The flow is served by Prefect: the local server keeps the schedule, this process starts the runs.
+
+Time zone   the machine's own unless another is named; its summer time is followed.
+Overlap     never: a run that is due while another is going waits for its end (`limit=1`).
+Catch-up    once: Prefect plans a few runs ahead, and those that came due while this process was killed
+            or the machine was off are started late, one after another. The first does the work, the
+            others find nothing changed and end. After Ctrl-C or SIGTERM, which pause the schedule,
+            nothing is caught up on.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ CRON_EXAMPLE = "'0 2 * * *' (minute hour day month weekday: every night at two)"
 
 
 def schedule(settings: Settings, name: str, cron: str, timezone: str | None = None) -> None:
-    """Serve the finetune flow on a cron schedule until Ctrl-C or SIGTERM.
+    """Serve the retrain flow on a cron schedule until Ctrl-C or SIGTERM.
 
     Args:
         settings: of every run.
@@ -43,10 +49,11 @@ def schedule(settings: Settings, name: str, cron: str, timezone: str | None = No
     zone = timezone or local_timezone()
     next_fire_times(cron, zone)
     api_url = lasting_api()
-    from flows.finetune import finetune
+    from flows.retrain import check_registry, retrain
 
+    check_registry(settings)
     parameters = {"settings": settings.model_dump(mode="json", by_alias=True)}
-    serve(finetune, name, cron, zone, parameters, api_url)
+    serve(retrain, name, cron, zone, parameters, api_url)
 
 
 def serve(
@@ -146,6 +153,7 @@ def _announce(name: str, cron: str, timezone: str, api_url: str) -> None:
     for time in times:
         print(f"  {time.astimezone(zoneinfo.ZoneInfo(timezone)):%a %d %B %Y %H:%M:%S %Z}")
     print("Runs never overlap: one that is due while another is going waits for its end.")
+    print("Runs missed while the machine is off are made up for by one, and a run without news ends at once.")
     print(f"Watch them at {api_url.removesuffix('/api')}")
     print(
         "Keep this running; Ctrl-C ends the schedule, 'tunesmith down' ends the Prefect server.", flush=True

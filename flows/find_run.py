@@ -13,6 +13,16 @@ SHORTEST_ID = 4
 """Of an id so much is asked for, lest a word be taken for the beginning of one."""
 
 
+def newest_run(reference: str, tracking: TrackingSettings) -> StoredRun:
+    """The newest run of that name, else the one run of that id: who looks at a run means the last one.
+
+    Raises:
+        InputError: there is none, or several have an id that begins like this.
+    """
+    named = [run for run in stored_runs(tracking) if run.name == reference]
+    return named[0] if named else find_run(reference, tracking)
+
+
 def find_run(reference: str, tracking: TrackingSettings) -> StoredRun:
     """The run that `reference` means; of several of one name the newest that is finished.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from flows.find_run import matching_runs, no_run, the_one
+from tasks.alive import is_gone
 from tasks.config import CREDENTIALS, PATHS, Settings, TrackingSettings, load_settings
 from tasks.errors import InputError
 from tasks.tracking import StoredRun, read_text
@@ -89,14 +90,9 @@ def _chosen(reference: str, tracking: TrackingSettings) -> StoredRun:
 
 def _check_dead(run: StoredRun) -> None:
     """A run killed with -9 stays RUNNING in MLflow; only its process tells it from one that is at work."""
-    import psutil
-
-    host, pid, started = run.process.rsplit(" ", 2) if run.process else ("", "0", "0")
-    if host and host != platform.node():
+    if not run.process or is_gone(run.process):
+        return
+    host, pid, _ = run.process.rsplit(" ", 2)
+    if host != platform.node():
         raise InputError(f"run {run.id} ({run.name}) is running on {host}; stop it and resume it there")
-    try:
-        alive = abs(psutil.Process(int(pid)).create_time() - float(started)) < 1
-    except psutil.NoSuchProcess:
-        alive = False
-    if alive:
-        raise InputError(f"run {run.id} ({run.name}) is still running, in process {pid}; stop that first")
+    raise InputError(f"run {run.id} ({run.name}) is still running, in process {pid}; stop that first")

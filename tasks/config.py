@@ -344,6 +344,30 @@ class TrackingSettings(Section):
     )
 
 
+class FlowSettings(Section):
+    """How a run is carried out: tries, limits, turns on the machine, who is told of its end."""
+
+    retries: int = Field(
+        2, ge=0, le=20, description="tries more of a step that failed for what may heal, as a network"
+    )
+    retry_pause_s: float = Field(10.0, ge=0, description="before the first of them; doubled each time")
+    step_minutes: float | None = Field(
+        None, gt=0, description="a step that takes longer fails; training goes on from there when resumed"
+    )
+    when_busy: Literal["wait", "refuse", "share"] = Field(
+        "wait", description="while another run trains on this machine"
+    )
+    notify_command: str | None = Field(
+        None, description="shell command run when a run has ended; a JSON record is its standard input"
+    )
+    notify_webhook_env: str = Field(
+        "TUNESMITH_WEBHOOK",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="environment variable with an address that the same record is posted to",
+    )
+    notify_on: Literal["both", "success", "failure"] = Field("both", description="of which ends is told")
+
+
 class Settings(Section):
     """Everything that decides what a run does."""
 
@@ -356,6 +380,7 @@ class Settings(Section):
     register_: RegisterSettings = Field(RegisterSettings(), alias="register")
     search: SearchSettings = SearchSettings()
     tracking: TrackingSettings = TrackingSettings()
+    flow: FlowSettings = FlowSettings()
 
     @model_validator(mode="after")
     def _method_fits_the_rest(self) -> Settings:

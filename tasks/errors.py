@@ -9,5 +9,9 @@ class InputError(Exception):
     """
 
 
+class OutageError(InputError):
+    """Something outside, as the hub, did not answer; it may pass, or a person goes online."""
+
+
 class StepError(Exception):
     """A step could not be done; the command line prints the message and exits with 1."""

@@ -150,6 +150,20 @@ def take_over(left: Leftover, store: Store) -> Outbox | None:
     return _claimed(left.path, left.run_id, store) if left.path.exists() else None
 
 
+def kept_points(folder: Path, run_id: str) -> list[Point]:
+    """The points of a run that lie here, sent or not; for whoever only looks."""
+    found: list[Point] = []
+    for path in sorted(folder.glob(f"{run_id}*.jsonl")):
+        for line in _lines(path):
+            try:
+                entry = _entry(json.loads(line))
+            except (ValueError, TypeError, AttributeError):
+                continue  # it is being written just now
+            if isinstance(entry, Report):
+                found += entry.points()
+    return found
+
+
 class Outbox:
     """One file, and the thread that sends it. Good from any thread of the process that holds it."""
 

@@ -7,7 +7,7 @@ line listens and draws; a worker without a screen does not.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 
@@ -27,12 +27,19 @@ class Display(Protocol):
         ...
 
 
-class _Silent:
+class _All:
+    """The same wait on every display; on none, it is silent."""
+
+    def __init__(self, bars: list[Bar]) -> None:
+        self._bars = bars
+
     def advance(self, amount: float = 1, note: str = "") -> None:
-        pass
+        for bar in self._bars:
+            bar.advance(amount, note)
 
 
 _display: Display | None = None
+_also: list[Display] = []
 
 
 def show_progress_on(display: Display | None) -> None:
@@ -42,10 +49,18 @@ def show_progress_on(display: Display | None) -> None:
 
 
 @contextmanager
+def also_shown_on(display: Display) -> Iterator[None]:
+    """Send the progress of every step of the block to one display more."""
+    _also.append(display)
+    try:
+        yield
+    finally:
+        _also.remove(display)
+
+
+@contextmanager
 def progress(title: str, total: float | None = None) -> Iterator[Bar]:
     """A wait worth showing; `total` in any unit, None when unknown."""
-    if _display is None:
-        yield _Silent()
-        return
-    with _display.bar(title, total) as bar:
-        yield bar
+    displays = [*([] if _display is None else [_display]), *_also]
+    with ExitStack() as stack:
+        yield _All([stack.enter_context(display.bar(title, total)) for display in displays])

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import platform
 import shutil
 import tempfile
 import threading
@@ -24,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.alive import this_process
 from tasks.config import CREDENTIALS, Settings, TrackingSettings, flatten
 from tasks.errors import InputError, StepError
 from tasks.home import cache_dir, runs_dir
@@ -109,6 +109,10 @@ class Run:
         pairs = [Param(key, str(value)) for key, value in params.items()]
         for start in range(0, len(pairs), 100):
             self.client.log_batch(self.id, params=pairs[start : start + 100])
+
+    def started_ms(self) -> int:
+        """When it was first opened, since 1970."""
+        return int(self.client.get_run(self.id).info.start_time)
 
     def tag(self, name: str) -> str | None:
         """The value of a tag; None when it is not set."""
@@ -515,6 +519,17 @@ def stored_runs(settings: TrackingSettings) -> list[StoredRun]:
             return runs
 
 
+def newest_run_with(settings: TrackingSettings, tags: Mapping[str, str]) -> StoredRun | None:
+    """The newest finished run of the experiment with these tags."""
+    client, _, experiment = connect(settings)
+    wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    found = client.search_runs([experiment], f"{wanted} and attributes.status = 'FINISHED'", max_results=1)
+    for run in found:
+        info = run.info
+        return StoredRun(info.run_id, info.run_name or "", info.status, run.data.tags.get(PROCESS, ""))
+    return None
+
+
 @dataclass(frozen=True)
 class Record:
     """What a run has left in the store: settings as text, the last value of each figure, tags."""
@@ -565,13 +580,6 @@ def read_folder(settings: TrackingSettings, run_id: str, name: str) -> Path | No
         with publishing(target) as draft, tempfile.TemporaryDirectory() as fetched:
             shutil.copytree(client.download_artifacts(run_id, name, fetched), draft, dirs_exist_ok=True)
     return target
-
-
-def this_process() -> str:
-    """This process in words that no other process, now or later, shares: host, id, time of its start."""
-    import psutil
-
-    return f"{platform.node()} {os.getpid()} {psutil.Process().create_time():.2f}"
 
 
 def check_store(settings: TrackingSettings) -> str:

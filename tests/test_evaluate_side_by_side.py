@@ -25,7 +25,7 @@ from tasks.evaluate.text_metrics import bleu_counts, corpus_bleu, row_scores
 from tasks.models.folder import ModelFolder
 from tasks.prepare.pipeline import prepare_data
 from tasks.publish import StepOutput
-from tasks.report.page import _samples
+from tasks.report.facts import samples
 from tasks.tracking import mlflow_run, read_text
 
 REFERENCES = [f"Answer number {n} says that {n} plus {n} is {2 * n}." for n in range(30)]
@@ -118,7 +118,7 @@ def test_the_worst_and_the_best_answers_are_found_and_none_twice() -> None:
     few_worst, few_best = worst_and_best(found[:3])
     assert sorted(few_worst + few_best) == [0, 1, 2]
     assert worst_and_best([]) == ([], [])
-    assert _samples([]) == {"The worst answers": [], "The best answers": []}
+    assert samples([]) == {"The worst answers": [], "The best answers": []}
     table = answer_table(found, found)
     assert table["tuned"][0] == found[order[0]]["answer"]
     assert {"prompt", "reference", "base", "tuned", "base chrf", "tuned chrf"} <= table.keys()

@@ -75,6 +75,7 @@ def test_help_names_every_verb_in_its_group() -> None:
         (["search", "flows/configs/search.yaml", "--trials", "many"], "many"),
         (["schedule", "flows/configs/quickstart.yaml", "--cron", "nightly"], "cron 'nightly'"),
         (["schedule", "flows/configs/quickstart.yaml"], "--cron"),
+        (["finetune", "flows/configs/quickstart.yaml", "--force", "trian"], "trian"),
         (["finetun", "x.yaml"], 'Did you mean "finetune"?'),
     ],
 )

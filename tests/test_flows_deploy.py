@@ -21,10 +21,11 @@ import pytest
 from flows import deploy as module
 from flows.deploy import local_timezone, next_fire_times, schedule
 from flows.server import ServerState, down, free_port, up
-from tasks.config import Settings
+from tasks.config import Settings, TrackingSettings
 from tasks.errors import InputError
 from tasks.home import CHECKOUT
 from tasks.models.folder import ModelFolder
+from tasks.tracking import connect
 
 
 @pytest.mark.parametrize("cron", ["", "2 am", "99 2 * * *", "0 2 * *", "R 2 * * *"])
@@ -76,7 +77,7 @@ def test_nothing_starts_on_wrong_input(
 SMALL_FLOW = """
 import logging, pathlib, sys, time
 from prefect import flow
-from tasks.config import Settings
+from tasks.config import Settings, TrackingSettings
 
 @flow(name="small")
 def small(settings: Settings) -> int:
@@ -143,25 +144,79 @@ def serve(prefect: ServerState, tmp_path: Path) -> Iterator[Serve]:
         process.communicate()
 
 
-def test_a_schedule_really_starts_finetunes_that_complete(
-    prefect: ServerState, serve: Serve, tiny_model: ModelFolder, tmp_path: Path
-) -> None:
+@pytest.fixture
+def small(tiny_model: ModelFolder, tmp_path: Path) -> list[str]:
+    """Settings of a retraining that takes seconds, on thirty rows."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": f"{n}!"}) + "\n" for n in range(30)))
-    small = ["train.num_layers=1", "train.max_steps=2", "evaluate.samples=0", "train.rank=3"]
-    sources = [f"model.source={tiny_model.path}", f"data.source={rows}"]
-    server = serve("flows.finetune", "finetune", *sources, *small)
+    quick = ["train.num_layers=1", "train.max_steps=2", "evaluate.samples=0", "train.rank=3"]
+    quick += ["evaluate.general_rows=0", "fuse.enabled=false"]
+    return [f"model.source={tiny_model.path}", f"data.source={rows}", *quick]
+
+
+def test_a_schedule_really_starts_retrainings_that_complete(
+    prefect: ServerState, serve: Serve, small: list[str]
+) -> None:
+    server = serve("flows.retrain", "retrain", *small)
     # The next run is picked up ten seconds early: half a minute leaves time to stop between runs.
-    run = wait_for(lambda: flow_runs(prefect, "COMPLETED"), 120, server)[0]
+    run = wait_for(lambda: scheduled(prefect), 120, server)[0]
     assert run["parameters"]["settings"]["train"]["rank"] == 3
     assert run["auto_scheduled"]
-    assert wait_for(lambda: "prepare: 30 rows read" in " ".join(logs(prefect, run["id"])), 10, server)
+    assert wait_for(lambda: "retrain: the rows are new" in " ".join(logs(prefect, run["id"])), 10, server)
     server.send_signal(signal.SIGINT)
     output, _ = server.communicate(timeout=30)
     assert server.returncode == 130, output
     assert "'nightly' is scheduled: * * * * * */30 (UTC)" in output
     assert prefect.url in output
     assert "Traceback" not in output, output
+
+
+@pytest.mark.slow
+def test_a_schedule_trains_then_rests_then_trains_again_after_a_row_is_added(
+    prefect: ServerState, serve: Serve, small: list[str], tmp_path: Path
+) -> None:
+    already = len(scheduled(prefect))
+    server = serve("flows.retrain", "retrain", *small)
+
+    def told(count: int) -> list[str]:
+        runs = wait_for(lambda: len(found := scheduled(prefect)) >= already + count and found, 240, server)
+        return [run["state"]["message"] for run in runs[already:]]
+
+    first, second = told(2)[:2]
+    assert "version 1 is @challenger" in first or "version 1 is @champion" in first
+    assert "unchanged since run" in second
+    with (tmp_path / "rows.jsonl").open("a") as rows:
+        rows.write(json.dumps({"prompt": "99?", "completion": "99!"}) + "\n")
+    later = told(4)[2:]
+    assert any("version 2" in message for message in later), later
+    assert any("unchanged since run" in message for message in later[1:]), later
+    server.send_signal(signal.SIGINT)
+    server.communicate(timeout=30)
+    client, _, experiment = connect(TrackingSettings())
+    runs = client.search_runs([experiment], "attributes.status = 'FINISHED'")
+    assert len(runs) == 2, "a run that had nothing to do leaves none in MLflow"
+    assert all(run.data.tags["prefect.flow_run_id"] for run in runs)
+
+
+@pytest.mark.slow
+def test_a_run_killed_under_a_schedule_is_marked_in_prefect_and_mlflow(
+    prefect: ServerState, serve: Serve, small: list[str]
+) -> None:
+    endless = ["train.max_steps=1000000", "train.epochs=1000000", "train.steps_per_eval=1000000"]
+    server = serve("flows.retrain", "retrain", *small, *endless)
+    client, _, experiment = connect(TrackingSettings())
+
+    def at_work() -> Any:
+        runs = client.search_runs([experiment])
+        return next((run for run in runs if "train_loss" in run.data.metrics), None)
+
+    run = wait_for(at_work, 180, server)
+    os.kill(int(run.data.tags["tunesmith.process"].split()[-2]), signal.SIGKILL)
+    wait_for(lambda: client.get_run(run.info.run_id).info.status == "KILLED", 120, server)
+    server.send_signal(signal.SIGINT)
+    server.communicate(timeout=60)
+    assert "its process is gone" in client.get_run(run.info.run_id).data.tags["tunesmith.error"]
+    assert flow_runs(prefect, "CRASHED")
 
 
 @pytest.mark.slow
@@ -196,6 +251,12 @@ def flow_runs(prefect: ServerState, state: str) -> list[dict[str, Any]]:
     wanted = {"flow_runs": {"state": {"type": {"any_": [state]}}}}
     found: list[dict[str, Any]] = httpx.post(f"{prefect.api_url}/flow_runs/filter", json=wanted).json()
     return found
+
+
+def scheduled(prefect: ServerState) -> list[dict[str, Any]]:
+    """The runs that a schedule has started and that are done, the oldest first."""
+    runs = [run for run in flow_runs(prefect, "COMPLETED") if run["auto_scheduled"]]
+    return sorted(runs, key=lambda run: str(run["start_time"]))
 
 
 def logs(prefect: ServerState, flow_run: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -68,10 +69,32 @@ def test_one_flow_leaves_a_complete_mlflow_run_an_adapter_and_a_report(settings:
     assert "<svg" in page
     assert "change, 95% interval" in page
     assert "The worst answers" in page
+    assert "What to try next" in page, "of 60 rows more are advised"
+    assert outcome.report.with_suffix(".md").read_text().startswith(f"# {run_name(settings)}")
+    assert "Test loss" in stored.data.tags["mlflow.note.content"]
+    told = {path.path for path in client.list_artifacts(finished.run.id, "report")}
+    assert "report/facts.json" in told
     artifact = Artifact.get("evaluation")
     assert artifact is not None
     assert "test loss" in str(artifact.data)
+    link = Artifact.get("mlflow-run")
+    assert link is not None
+    assert f"/runs/{finished.run.id})" in str(link.data)
+    assert str(link.flow_run_id) == stored.data.tags["prefect.flow_run_id"], "and the other way round"
     assert finished.reused() == []
+
+
+def test_a_training_waits_for_its_turn_on_the_machine(
+    settings: Settings, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(who: str, when_busy: str) -> None:
+        assert when_busy == "refuse"
+        raise StepError("run nightly is training on this machine")
+
+    monkeypatch.setattr(sys.modules[finetune.__module__], "machine_turn", busy)
+    with pytest.raises(StepError, match="run nightly"):
+        finetune(change(settings, "flow.when_busy=refuse"))
+    assert not (home / "steps" / "train").exists()
 
 
 def test_fused_model_answers_as_base_and_adapter_do(settings: Settings) -> None:
@@ -101,8 +124,17 @@ def test_a_second_run_repeats_only_what_a_change_reaches(settings: Settings) -> 
     assert reused(finetune(change(settings, "evaluate.max_tokens=6"))) == {
         "prepare", "train", "fuse", "register",
     }  # fmt: skip
-    assert reused(finetune(change(settings, "train.max_steps=9"))) == {"prepare"}
-    assert reused(finetune(change(settings, "data.seed=1"))) == set()
+    forced = finetune(settings, force=("train",))
+    assert reused(forced) == {"prepare"}
+    stored = forced.finished.run.client.get_run(forced.finished.run.id)
+    assert stored.data.tags["tunesmith.reused"] == "prepare"
+    assert "train: --force; evaluate: --force" in stored.data.tags["tunesmith.made"]
+    assert forced.finished.registration is not None
+    assert forced.finished.registration.version == "2", "its weights may be others"
+    artifact = Artifact.get("steps")
+    assert artifact is not None
+    assert "| prepare | reused |" in str(artifact.data)
+    assert "| train | made |" in str(artifact.data)
 
 
 def test_a_fused_model_that_is_not_the_adapter_is_not_published(

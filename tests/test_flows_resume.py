@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect import flow
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
 
 import flows.finetune
 from flows.cli import run
@@ -38,7 +39,7 @@ def prepared(token_rows: TokenRows, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     save_splits(folder, dict.fromkeys(("train", "valid", "test"), token_rows))
     (folder / "report.json").write_text(json.dumps({"source": "random rows"}))
     output = StepOutput(folder, "prepared", False, 0.0)
-    monkeypatch.setattr(flows.finetune, "prepare", lambda *_: output)
+    monkeypatch.setattr(flows.finetune, "prepare", task(cache_policy=NO_CACHE)(lambda *_: output))
     return output
 
 
@@ -75,6 +76,8 @@ import os, signal, sys
 from pathlib import Path
 from flows.cli import main
 import flows.finetune
+from prefect import task
+from prefect.cache_policies import NO_CACHE
 from tasks.publish import StepOutput
 from tasks.train.update import Updates
 
@@ -87,7 +90,7 @@ def launch(updates, batches, step):
 
 Updates.launch = launch
 prepared = StepOutput(Path(sys.argv[2]), "prepared", False, 0.0)
-flows.finetune.prepare = lambda *_: prepared
+flows.finetune.prepare = task(cache_policy=NO_CACHE)(lambda *_: prepared)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C
 sys.argv[1:] = ["finetune", sys.argv[3]]
 main()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -19,6 +21,59 @@ from flows.verbs.frame import (
 )
 
 AsJson = Annotated[bool, Parameter(name="--json", negative=(), help="print JSON, and nothing else")]
+
+
+@app.command(group=LOOK)
+def runs(
+    *, last: int = 20, trials: Annotated[bool, Parameter(negative=())] = False, as_json: AsJson = False
+) -> None:
+    """List runs, the newest first: state, best figures, memory, time.
+
+    Parameters
+    ----------
+    last
+        so many of them
+    trials
+        those of searches too
+    """
+    quiet_prefect()
+    from flows.run_tables import print_runs
+    from tasks.config import TrackingSettings
+    from tasks.errors import InputError
+    from tasks.run_records import run_records
+
+    if last < 1:
+        raise InputError(f"--last {last}: give 1 or more")
+    with quiet_screen():
+        records = run_records(TrackingSettings(), last, trials)
+    if as_json:
+        print(json.dumps([record.as_json() for record in records], indent=2))
+    elif records:
+        print_runs(Console(), records)
+    else:
+        print("No runs yet: 'tunesmith quickstart' makes the first.")
+
+
+@app.command(group=LOOK)
+def watch(run: str, /, *, once: Annotated[bool, Parameter(negative=())] = False) -> None:
+    """Show the curves of a run in the terminal while it goes on; Ctrl-C ends the looking, not the run.
+
+    Parameters
+    ----------
+    run
+        an MLflow run: its id, the beginning of it, or its name
+    once
+        as it is now, and end
+    """
+    quiet_prefect()
+    from flows.find_run import newest_run
+    from flows.watch import watch as follow
+    from tasks.config import TrackingSettings
+
+    with quiet_screen():
+        found = newest_run(run, TrackingSettings())
+    with suppress(KeyboardInterrupt):
+        follow(Console(), TrackingSettings(), found.id, once)
 
 
 @app.command(group=LOOK)
@@ -76,12 +131,42 @@ def evaluate(
 
 
 @app.command(group=LOOK)
-def ui(config: Config | None = None, /, *, port: int = 5000) -> None:
-    """Open the MLflow UI on this machine: runs, curves, comparisons, registered models."""
+def report(runs: list[str], /, *, out: Path | None = None) -> None:
+    """Write the report of runs, as HTML and as Markdown; of several, a page that compares them too.
+
+    Parameters
+    ----------
+    runs
+        MLflow runs: ids, beginnings of ids, or names
+    out
+        the folder to write to; mlruns/reports by default
+    """
+    quiet_prefect()
+    from flows.report import report_runs
+
+    with quiet_screen():
+        pages = report_runs(runs, out)
+    for page in pages:
+        print(page)
+
+
+@app.command(group=LOOK)
+def ui(
+    config: Config | None = None, /, *, port: int = 5000, prefect: Annotated[bool, Parameter()] = True
+) -> None:
+    """Serve the pages of MLflow, Prefect and (where it is installed) Optuna's dashboard on this machine.
+
+    Parameters
+    ----------
+    port
+        of MLflow's pages
+    prefect
+        start Prefect's server too, where it is not up
+    """
     from flows.ui import open_ui
     from tasks.tracking import send_leftovers, tracking_uri
 
     uri = tracking_uri(load(config, []).tracking)
     with advised_screen():
         send_leftovers(uri)
-        open_ui(port, uri)
+        open_ui(port, uri, prefect=prefect)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from flows.steps import Step
 from flows.verbs.frame import TRAIN, Config, Overrides, advised_screen, app, load, prefect_ready
 
 if TYPE_CHECKING:
@@ -12,9 +13,17 @@ if TYPE_CHECKING:
 
 
 @app.command(name="finetune", group=TRAIN)
-def finetune(config: Config, overrides: Overrides | None = None, /) -> None:
-    """Prepare, train, evaluate, fuse, register, report: one fine-tune as CONFIG says."""
-    run_finetune(load(config, overrides))
+def finetune(
+    config: Config, overrides: Overrides | None = None, /, *, force: list[Step] | None = None
+) -> None:
+    """Prepare, train, evaluate, fuse, register, report: one fine-tune as CONFIG says.
+
+    Parameters
+    ----------
+    force
+        a step to do anew, with all that follows from it, though nothing it depends on has changed
+    """
+    run_finetune(load(config, overrides), force=tuple(force or ()))
 
 
 @app.command(group=TRAIN)
@@ -64,13 +73,13 @@ def search(
     print_search(shown.console, outcome, config)
 
 
-def run_finetune(settings: Settings, resumed: str | None = None) -> None:
+def run_finetune(settings: Settings, resumed: str | None = None, force: tuple[str, ...] = ()) -> None:
     """Run the finetune flow, or go on with the MLflow run `resumed`, and print what came out."""
     started = time.perf_counter()
     with advised_screen() as shown:
         with prefect_ready(settings):
             from flows.finetune import finetune as flow
-        outcome = flow(settings, resumed)
+        outcome = flow(settings, resumed, force)
     from flows.tables import print_outcome
 
     print_outcome(shown.console, outcome, time.perf_counter() - started)

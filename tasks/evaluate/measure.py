@@ -228,6 +228,8 @@ def _answers(
         }
 
     how = settings.model_dump(mode="json", include=set(WRITING))
+    if settings.temperature == 0:
+        how.pop("seed")  # nothing is drawn
     return _part({"part": "answers", **subject, "samples": len(chats), "settings": how}, make)
 
 

@@ -49,6 +49,11 @@ class Evaluation:
         return self.base.reused and self.tuned.reused
 
     @property
+    def why(self) -> str:
+        """What had changed where a side was measured anew; the tuned one is that of this run."""
+        return self.tuned.why or self.base.why
+
+    @property
     def seconds(self) -> float:
         """Time spent measuring."""
         return self.base.seconds + self.tuned.seconds

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tasks.errors import InputError
+from tasks.errors import InputError, OutageError
+from tasks.patience import may_heal
 
 PATTERNS = [
     *("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt"),
@@ -23,7 +24,7 @@ def download_model(repo: str, revision: str | None) -> Path:
     """The local snapshot of a hub model, downloaded where it is not there already.
 
     Raises:
-        InputError: the hub cannot be reached, or knows no such model or revision.
+        InputError: the hub cannot be reached (an OutageError), or knows no such model or revision.
     """
     import httpx
     from huggingface_hub import snapshot_download
@@ -33,18 +34,18 @@ def download_model(repo: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
     except LocalEntryNotFoundError:
-        raise InputError(
+        raise OutageError(
             f"model.source = '{repo}'{at}: is not a path here, is not in the local hub cache, and the hub "
             "cannot be reached; go online once, or give the path of a folder or .gguf file"
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(
+        raise (OutageError if may_heal(error) else InputError)(
             f"model.source = '{repo}'{at}: the hub refuses it ({reason}); check the name and model.revision, "
             "and for a gated model run 'hf auth login'"
         ) from None
     except (httpx.HTTPError, OSError) as error:
-        raise InputError(
+        raise (OutageError if may_heal(error) else InputError)(
             f"model.source = '{repo}'{at}: cannot be downloaded ({error}); go online, or give the path of a "
             "folder or .gguf file"
         ) from None

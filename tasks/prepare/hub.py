@@ -8,7 +8,8 @@ import io
 from typing import Any
 
 from tasks.config import DataSettings
-from tasks.errors import InputError
+from tasks.errors import InputError, OutageError
+from tasks.patience import may_heal
 from tasks.prepare.files import READING_ORDER, Part, split_of
 from tasks.prepare.formats import Forms
 from tasks.prepare.parquet import BATCH_ROWS, batch_rows, table_columns
@@ -62,7 +63,7 @@ def _load(data: DataSettings) -> dict[str, Any]:
         return dict(load_dataset(data.source, data.subset, revision=data.revision))
     except Exception as error:  # of a dozen unrelated classes; none says more than its text
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
+        raise (OutageError if may_heal(error) else InputError)(
             f"data.source = '{data.source}': is not a path here, and the hub dataset cannot be loaded "
             f"({reason}); check the name, data.subset and data.revision, or go online; for a gated one run "
             "'hf auth login'"

@@ -14,7 +14,7 @@ from tasks.evaluate.measure import EVALUATION_FILE, measure
 from tasks.evaluate.side_by_side import Evaluation
 from tasks.models.find import find_base
 from tasks.models.folder import ModelFolder
-from tasks.publish import StepOutput
+from tasks.publish import StepOutput, is_forced
 from tasks.register.champion import ROLLED_BACK, champion_of, crown, registry_lock
 from tasks.register.compare import Figures, Verdict, compare
 from tasks.register.mlflow_model import ARTIFACT_PATH, log_mlflow_model
@@ -76,6 +76,8 @@ def register_adapter(settings: Settings, name: str, made: Candidate, run: Run) -
     client = run.client
     with registry_lock():
         version = _find(versions_of(client, name), made.adapter.fingerprint)
+        if is_forced("register"):
+            version = None
         reused = version is not None
         if version is None:
             _create(client, name, made, run)
@@ -93,7 +95,9 @@ def registry_name(text: str) -> str:
 
 
 def _find(versions: list[Version], fingerprint: str) -> Version | None:
-    return next((version for version in versions if version.tags.get(ADAPTER) == fingerprint), None)
+    """The newest version of an adapter."""
+    equal = [version for version in versions if version.tags.get(ADAPTER) == fingerprint]
+    return max(equal, key=lambda version: version.number, default=None)
 
 
 def _create(client: MlflowClient, name: str, made: Candidate, run: Run) -> None:

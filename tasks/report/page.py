@@ -1,100 +1,104 @@
-"""One self-contained HTML page a run: data, settings, loss curve, figures and samples."""
+"""Facts of runs as pages: self-contained HTML, and Markdown."""
 
 from __future__ import annotations
 
 import io
-import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from tasks.config import Settings, changed, flatten
-from tasks.evaluate.side_by_side import Evaluation, worst_and_best
-from tasks.evaluate.summary import evaluation_lines
-from tasks.home import runs_dir
-from tasks.models.folder import ModelFolder
-from tasks.publish import StepOutput
-from tasks.register.registry import Registration
-from tasks.tracking import Run
-from tasks.train.step import TRAINING_FILE
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+Curve = Sequence[tuple[int, float]]
+
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
-@dataclass(frozen=True)
-class Finished:
-    """Everything a finished run has to tell.
-
-    `fused` and `registration` are None when their sections are disabled.
-    """
-
-    name: str
-    settings: Settings
-    model: ModelFolder
-    data: StepOutput
-    adapter: StepOutput
-    evaluation: Evaluation
-    fused: StepOutput | None
-    registration: Registration | None
-    run: Run
-
-    def reused(self) -> list[str]:
-        """The steps that found their output already made."""
-        steps = {
-            "prepare": self.data.reused,
-            "train": self.adapter.reused,
-            "evaluate": self.evaluation.reused,
-            "fuse": self.fused is not None and self.fused.reused,
-            "register": self.registration is not None and self.registration.reused,
-        }
-        return [name for name, again in steps.items() if again]
+def as_html(facts: Mapping[str, Any]) -> str:
+    """The report of a run."""
+    template = _environment(autoescape=True).get_template("page.html.jinja")
+    return template.render(facts=facts, summary=summary(facts), curve=loss_curve(facts.get("history", {})))
 
 
-def write_report(finished: Finished) -> Path:
-    """Write the page under `mlruns/reports/`, log it to the run as an artifact, return its path."""
-    from jinja2 import Environment, PackageLoader
-
-    training = finished.adapter.read_json(TRAINING_FILE)
-    figures = finished.evaluation.figures()
-    environment = Environment(loader=PackageLoader("tasks.report", "."), autoescape=True)
-    environment.filters["number"] = lambda value: (
-        f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
-    )
-    page = environment.get_template("page.html.jinja").render(
-        finished=finished,
-        data=finished.data.read_json("report.json"),
-        training=training,
-        figures=figures,
-        evaluation=evaluation_lines(figures, finished.evaluation.changes()),
-        samples=_samples(figures["tuned"].get("answers", [])),
-        curve=loss_curve(training["history"]),
-        settings=flatten(finished.settings),
-        changed=changed(finished.settings),
-        versions=versions(),
-    )
-    folder = runs_dir() / "reports"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{finished.run.id}.html"
-    path.write_text(page, encoding="utf-8")
-    finished.run.client.log_artifact(finished.run.id, str(path), "report")
-    return path
+def as_markdown(facts: Mapping[str, Any]) -> str:
+    """The same in Markdown, its curve a line of blocks."""
+    template = _environment(autoescape=False).get_template("page.md.jinja")
+    losses = [loss for _, loss in facts.get("history", {}).get("val_loss", [])]
+    text = template.render(facts=facts, summary=summary(facts), curve=blocks(losses))
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
-def _samples(answers: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
-    """Which answers are shown under which heading: the worst and the best by chrF."""
-    worst, best = worst_and_best(answers)
-    return {"The worst answers": worst, "The best answers": best}
+def comparison_html(comparison: Mapping[str, Any], all_facts: Sequence[Mapping[str, Any]]) -> str:
+    """Several runs on a page: settings that differ, figures that moved, their curves in one picture."""
+    template = _environment(autoescape=True).get_template("comparison.html.jinja")
+    return template.render(comparison=comparison, all=all_facts, curve=validation_curves(all_facts))
 
 
-def loss_curve(history: Sequence[tuple[int, dict[str, float]]]) -> str:
-    """Training and validation loss by step, as an SVG element."""
+def comparison_markdown(comparison: Mapping[str, Any], all_facts: Sequence[Mapping[str, Any]]) -> str:
+    """The same in Markdown."""
+    template = _environment(autoescape=False).get_template("comparison.md.jinja")
+    text = template.render(comparison=comparison, all=all_facts)
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+def summary(facts: Mapping[str, Any]) -> list[str]:
+    """What came of a run, in a few sentences."""
+    run = facts["run"]
+    told = [f"{run['model']} on {run['source']}."] if run.get("model") else []
+    if cards := facts.get("headline"):
+        told.append(
+            ". ".join(f"{card['label'][0].upper()}{card['label'][1:]}: {card['value']}" for card in cards)
+            + "."
+        )
+    for line in facts.get("evaluation", {}).get("lines", []):
+        if line["name"] == "test_loss" and line.get("change"):
+            told.append(f"Test loss {line['base']} → {line['tuned']} ({line['change']}): {line['verdict']}.")
+    if facts.get("registration"):
+        told.append(f"{facts['registration']}.")
+    if run["state"] != "FINISHED":
+        told.append(f"The run is {run['state'].lower()}: this is what it has left so far.")
+    return told
+
+
+def loss_curve(history: Mapping[str, Curve]) -> str:
+    """Training and validation loss by step, as an SVG element; empty where there is no point."""
+    lines: dict[str, tuple[Curve, dict[str, Any]]] = {
+        "train_loss": (history.get("train_loss", []), {"alpha": 0.6}),
+        "val_loss": (history.get("val_loss", []), {"marker": "o", "linewidth": 2}),
+    }
+    return _drawn(lines)
+
+
+def validation_curves(all_facts: Sequence[Mapping[str, Any]]) -> str:
+    """The validation losses of several runs in one picture."""
+    lines: dict[str, tuple[Curve, dict[str, Any]]] = {}
+    for facts in all_facts:
+        run = facts["run"]
+        name = f"{run['name']} ({run['id'][:8]})".replace("$", r"\$")  # which would begin a formula
+        lines[name] = (facts.get("history", {}).get("val_loss", []), {"marker": "o"})
+    return _drawn(lines, "validation loss (nats a token)")
+
+
+def blocks(values: Sequence[float]) -> str:
+    """A curve in a line of text."""
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    places = (round((value - low) / ((high - low) or 1) * (len(BLOCKS) - 1)) for value in values)
+    return "".join(BLOCKS[place] for place in places)
+
+
+def _drawn(lines: Mapping[str, tuple[Curve, dict[str, Any]]], label: str = "loss (nats a token)") -> str:
     from matplotlib.figure import Figure
 
+    if not any(points for points, _ in lines.values()):
+        return ""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
-    for name, style in (("train_loss", {"alpha": 0.6}), ("val_loss", {"marker": "o", "linewidth": 2})):
-        points = [(step, metrics[name]) for step, metrics in history if name in metrics]
-        axes.plot(*zip(*points, strict=True), label=name, **style)
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    for name, (points, style) in lines.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+    axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)
     axes.legend()
     drawn = io.StringIO()
@@ -103,12 +107,31 @@ def loss_curve(history: Sequence[tuple[int, dict[str, float]]]) -> str:
     return svg[svg.index("<svg") :]
 
 
-def versions() -> dict[str, Any]:
-    """What the run was made with."""
-    from importlib.metadata import version
+def _environment(autoescape: bool) -> Environment:
+    from jinja2 import Environment, PackageLoader
 
-    from tasks.models.device import device_name
+    environment = Environment(
+        loader=PackageLoader("tasks.report", "."), autoescape=autoescape, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "size": size, "cell": cell}
+    return environment
 
-    packages = {name: version(name) for name in ("mlx", "mlx-lm", "mlflow", "prefect")}
-    system = f"{platform.system()} {platform.machine()}"
-    return {"device": device_name(), "system": system, "python": platform.python_version(), **packages}
+
+def number(value: Any, form: str = ",.4g") -> str:
+    """A figure as text; nothing for None, text as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:{form}}"
+
+
+def size(count_bytes: int) -> str:
+    """Bytes in a unit that fits."""
+    unit, name = next(
+        (pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count_bytes >= pair[0]), (1.0, "bytes")
+    )
+    return f"{count_bytes / unit:.3g} {name}"
+
+
+def cell(text: Any) -> str:
+    """Text within a Markdown table: on one line, without what would end the cell."""
+    return " ".join(str(text).split()).replace("|", "\\|")

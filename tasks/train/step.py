@@ -25,6 +25,9 @@ TRAINING_TAG = "tunesmith.training"
 NO_PART = {"steps_per_save", "minutes_per_save", "prefix_cache_gb", "from_adapter"}
 """Settings that decide how often a run is saved and what may lie where, and not what it finds."""
 
+LOW_RANK_ONLY = {"rank", "alpha", "rank_stabilized", "scale"}
+"""Settings of LoRA and DoRA."""
+
 
 def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput, run: Run) -> StepOutput:
     """Train an adapter, or find the one already trained from equal inputs; log it to the run either way.
@@ -73,9 +76,23 @@ def training_inputs(
         **({"from_adapter": adapter_fingerprint(start)} if start else {}),
         "model": model.fingerprint,
         "data": data.fingerprint,
-        "settings": settings.model_dump(mode="json", exclude=NO_PART),
+        "settings": settings.model_dump(mode="json", exclude=_no_part(settings)),
         "device": _device(),
     }
+
+
+def _no_part(settings: TrainSettings) -> set[str]:
+    """The settings that change nothing of what these settings train."""
+    found = set(NO_PART)
+    if settings.method != "soft-prompt":
+        found.add("prompt_tokens")
+    if settings.method not in ("lora", "dora"):
+        found |= LOW_RANK_ONLY
+    elif settings.scale is not None:
+        found |= {"alpha", "rank_stabilized"}
+    if settings.patience is None:
+        found.add("min_gain")
+    return found
 
 
 def _check_same_training(run: Run, fingerprint: str) -> None:
