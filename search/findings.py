@@ -14,6 +14,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
+from search.proposals import study_in_memory
 from search.study import GIGABYTE, Study, Trial
 
 LEAST_TRIALS = 6
@@ -100,7 +101,7 @@ def comparable(study: Study) -> list[tuple[Trial, float]]:
 def as_completed(study: Study) -> optuna.Study:
     """A study in memory in which every comparable trial is complete, for Optuna's own evaluations."""
     stored = study.stored.get_trials(deepcopy=False)
-    copy = optuna.create_study(direction="minimize", pruner=optuna.pruners.NopPruner())
+    copy = study_in_memory()
     for trial, loss in comparable(study):
         copy.add_trial(
             optuna.trial.create_trial(

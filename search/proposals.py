@@ -61,7 +61,7 @@ def propose(
     tried = {_key(each.params) for each in known}
     if len(tried) >= combinations(space):
         return None
-    study = optuna.create_study(directions=["minimize"] * objectives, pruner=optuna.pruners.NopPruner())
+    study = study_in_memory(objectives)
     study.add_trials([_as_trial(each, space) for each in known])
     for attempt in range(REDRAWS):
         study.sampler = _sampler(sampler, _drawn([seed, len(known), attempt]))
@@ -71,6 +71,12 @@ def propose(
     if combinations(space) == float("inf"):
         return params
     return _untried(space, tried, np.random.default_rng([seed, len(known)]))
+
+
+def study_in_memory(objectives: int = 1) -> optuna.Study:
+    """An empty study that nobody else sees, without a line of log about it."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(directions=["minimize"] * objectives, pruner=optuna.pruners.NopPruner())
 
 
 def check_sampler(sampler: Literal["tpe", "gp"]) -> None:
@@ -94,7 +100,7 @@ def _sampler(name: Literal["tpe", "gp"], seed: int) -> BaseSampler:
         return GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True)
+        return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, constant_liar=True)
 
 
 def _drawn(entropy: list[int]) -> int:
