@@ -45,13 +45,14 @@ def test_later_proposals_are_better_than_those_at_random() -> None:
     assert median(loss for each in losses for loss in each[12:]) < 0.7 * first
 
 
-def test_what_did_not_fit_is_proposed_more_and_more_seldom() -> None:
+def test_what_did_not_fit_is_proposed_more_seldom() -> None:
+    """Half of the space does not fit."""
     over = [
-        [each.violation > 0 for each in searched(36, seed, fits=lambda params: params["num_layers"] <= 4)]
-        for seed in range(4)
+        each.violation > 0
+        for seed in range(8)
+        for each in searched(36, seed, fits=lambda params: params["num_layers"] <= 4)[12:]
     ]
-    assert fmean(each for one in over for each in one[:6]) > 0.4
-    assert fmean(each for one in over for each in one[12:]) < 0.3
+    assert fmean(over) < 0.25
 
 
 def test_a_trial_that_stopped_early_counts_as_worse_than_all_that_went_on() -> None:
