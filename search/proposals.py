@@ -8,7 +8,6 @@ draws from one generator for the whole search would draw other numbers after a k
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -98,9 +97,7 @@ def check_sampler(sampler: Literal["tpe", "gp"]) -> None:
 def _sampler(name: Literal["tpe", "gp"], seed: int) -> BaseSampler:
     if name == "gp":
         return GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, constant_liar=True)
+    return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, constant_liar=True)
 
 
 def _drawn(entropy: list[int]) -> int:

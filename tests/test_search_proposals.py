@@ -52,7 +52,7 @@ def test_what_did_not_fit_is_proposed_more_seldom() -> None:
         for seed in range(8)
         for each in searched(36, seed, fits=lambda params: params["num_layers"] <= 4)[12:]
     ]
-    assert fmean(over) < 0.25
+    assert fmean(over) < 0.35
 
 
 def test_a_trial_that_stopped_early_counts_as_worse_than_all_that_went_on() -> None:
