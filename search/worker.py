@@ -29,6 +29,9 @@ ALLOCATION = ("malloc", "allocat", "out of memory", "OutOfMemory")
 """In the messages of MLX's RuntimeError on GPUs when memory ends; on CPU the process dies of it."""
 
 
+LOGGERS = ("tasks", "search")
+
+
 @dataclass(frozen=True)
 class Begin:
     """The first order: what all trials have in common."""
@@ -98,18 +101,26 @@ def main() -> None:
     begin: Begin = connection.recv()
     orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, orders), daemon=True).start()
-    worker = _Worker(connection, begin)
+    worker = Worker(connection, begin)
     while True:
         worker.carry_out(orders.get())
 
 
-class _Worker:
+class Worker:
+    """What carries out orders, over one connection."""
+
     def __init__(self, connection: Connection, begin: Begin) -> None:
         self._connection, self._begin = connection, begin
         self._base: WarmBase | None = None
-        for name in ("tasks", "search"):
-            logging.getLogger(name).addHandler(_Teller(self))
+        self._teller = _Teller(self)
+        for name in LOGGERS:
+            logging.getLogger(name).addHandler(self._teller)
             logging.getLogger(name).setLevel(logging.INFO)
+
+    def close(self) -> None:
+        """Say nothing more of what this process logs."""
+        for name in LOGGERS:
+            logging.getLogger(name).removeHandler(self._teller)
 
     def send(self, message: Message) -> None:
         """Nobody listens when the parent is gone: then the signal of `_listen` is on its way."""
@@ -139,7 +150,7 @@ class _Worker:
 class _Teller(logging.Handler):
     """Log lines for the parent, who has the screen."""
 
-    def __init__(self, worker: _Worker) -> None:
+    def __init__(self, worker: Worker) -> None:
         super().__init__(logging.INFO)
         self._worker = worker
 
