@@ -175,12 +175,20 @@ def test_going_on_with_a_finished_search_does_nothing(
     assert ending(run_search(small_settings(), tiny_model, finished[2])) == ending(in_its_home)
 
 
-def test_one_child_or_two_another_order_but_the_same_rules(
-    in_its_home: Study, finished: tuple[Study, Path, StepOutput]
-) -> None:
-    """What a proposal may know is fixed by the number of children that the search began with."""
-    assert in_its_home.attributes["workers"] == 2
-    assert read_study("small").trials.keys() == in_its_home.trials.keys()
+def test_which_child_is_faster_decides_nothing(
+    in_its_home: Study, finished: tuple[Study, Path, StepOutput], tiny_model: ModelFolder, home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    class LastFirst(InProcess):
+        """Of two children at work the one that began later is heard first."""
+
+        def messages(self, timeout_s: float) -> Iterator[tuple[Any, Any]]:
+            here = self._at_work[-1]
+            yield here, here.receive()
+
+    monkeypatch.setenv("TUNESMITH_HOME", str(home))
+    monkeypatch.setattr(trials_module, "Children", LastFirst)
+    assert ending(run_search(small_settings(), tiny_model, finished[2])) == ending(in_its_home)
 
 
 @pytest.mark.usefixtures("in_process")
