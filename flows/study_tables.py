@@ -100,7 +100,8 @@ def _standing(study: Study) -> str:
     if study.attributes.get("finished"):
         return "finished"
     waiting = sum(trial.state == "waiting" for trial in study.trials.values())
-    return f"not finished, {waiting} trials to go on: 'tunesmith search --resume {study.name}'"
+    left = f", {waiting} trials are not at their end" if waiting else ""
+    return f"not finished{left}; when it was stopped: 'tunesmith search --resume {study.name}'"
 
 
 def _plain(trial: Trial) -> dict[str, Any]:

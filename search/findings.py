@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from search.proposals import study_in_memory
 from search.study import GIGABYTE, Study, Trial
 
-LEAST_TRIALS = 6
+LEAST_TRIALS = 8
 """Fewer say nothing about which parameter decides."""
 
 SAME = 0.005

@@ -44,7 +44,7 @@ from tasks.train.trial import Reached, drop_trial
 log = logging.getLogger(__name__)
 
 PROPOSALS_A_TRIAL = 10
-"""The search ends after this many proposals for each trial wanted, trained or not."""
+"""No more is proposed after this many proposals for each trial wanted, those over the budget too."""
 
 LEVEL_TRIALS = 10
 """The sampler compares losses at the farthest rung that so many trials have reached."""
@@ -274,7 +274,7 @@ class Search:
         """Add the next proposal, or close the search to proposals."""
         first = self._next_bracket()
         trials = len(self.study.trials)
-        too_many = not self._space.time and trials >= self._space.trials * PROPOSALS_A_TRIAL
+        too_many = trials >= PROPOSALS_A_TRIAL * max(self._space.trials, len(self._entrants()))
         params = None if self._time_is_up() or too_many else self._proposal()
         if params is None or first is None:
             self.study.remember(closed=True)
@@ -323,7 +323,7 @@ class Search:
 
     def _time_is_up(self) -> bool:
         """Whether the rest of the time is needed by the trials that will go on."""
-        if not self._space.time:
+        if not self._space.time or not self._entrants():
             return False
         rungs = len(self._shares)
         share = (

@@ -229,6 +229,18 @@ def test_a_finite_space_ends_when_everything_was_tried(tiny_model: ModelFolder, 
     assert study.attributes["closed"]
 
 
+@pytest.mark.usefixtures("in_process")
+def test_a_search_for_a_time_proposes_until_what_is_left_is_needed_by_the_best(
+    tiny_model: ModelFolder, data: StepOutput
+) -> None:
+    study = run_search(small_settings(time="4s", train={"epochs": 1}), tiny_model, data)
+    trials = study.trials.values()
+    assert len(trials) > 1
+    assert study.attributes["closed"]
+    assert sum(trial.state == "trained" for trial in trials) == max(1, len(trials) // 3)
+    assert not any(trial.state == "waiting" for trial in trials)
+
+
 class Killed:
     """Kills the child that trains the first trial, so many times."""
 
