@@ -10,7 +10,17 @@ import sys
 
 from cyclopts import CycloptsError
 
-from flows.verbs import data, export, judge, look, operate, ship, start, train  # noqa: F401  (each adds its verbs)
+from flows.verbs import (  # noqa: F401  (each adds its verbs)
+    data,
+    export,
+    judge,
+    look,
+    operate,
+    search,
+    ship,
+    start,
+    train,
+)
 from flows.verbs.frame import app, explain
 
 

@@ -1,27 +1,44 @@
-"""The search flow: trials of one study as nested MLflow runs, each within the memory budget.
+"""The search flow: the trials of a study as nested MLflow runs within a memory budget, then the best one.
 
-Run it as `tunesmith search CONFIG.yaml --trials 12 --budget 8GB`.
+Run it as `tunesmith search CONFIG.yaml --trials 12 --budget 8GB`, go on with `tunesmith search --resume`.
 
 Annotations here are real types, not text: Prefect (3.8.8) cannot resolve the text when a served
 schedule loads the flow.
 """
 
+import logging
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import prefect.runtime.flow_run
 from prefect import flow
 
-from flows.finetune import prefect_tags
+from flows.dead_flow_runs import mark_crashed
+from flows.finetune import finetune, prefect_tags
+from flows.prefect_environment import log_our_steps
+from flows.resume import settings_as_yaml
 from search.budget import parse_budget
+from search.findings import findings, leaderboard
+from search.plots import draw_study
+from search.proposals import check_sampler
 from search.space import check_space
-from search.study import Trained, Trial, best_trial, create_study, run_trials
-from tasks.config import Settings, TrainSettings
+from search.study import Study, Trial, create_study, held, open_study
+from search.trial_runs import TrialRuns
+from search.trials import Search
+from tasks.config import Settings, TrackingSettings, TrainSettings, load_settings
+from tasks.errors import InputError
 from tasks.models import import_model
+from tasks.models.folder import ModelFolder
 from tasks.prepare import prepare
-from tasks.tracking import Run, mlflow_run
-from tasks.train import train
+from tasks.publish import StepOutput, output_folder
+from tasks.tracking import Run, mlflow_run, reopened, stored_runs
 from tasks.train.memory import estimate_memory, free_memory
-from tasks.train.step import TRAINING_FILE
+from tasks.train.step import training_inputs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,65 +48,165 @@ class SearchOutcome:
     Attributes:
         study: its name in Optuna and in MLflow.
         run: the parent run.
+        best_settings: what the best trial trained; None when none was trained.
+        best_run: the MLflow run of its finetune; empty without one.
     """
 
     study: str
     trials: list[Trial]
     budget_bytes: int
     run: Run
-
-    @property
-    def best(self) -> Trial | None:
-        """The trial to finetune with."""
-        return best_trial(self.trials)
+    best: Trial | None
+    best_settings: TrainSettings | None
+    best_run: str
 
 
-@flow(name="search")
-def hypersearch(settings: Settings) -> SearchOutcome:
-    """Search learning rate, rank and layer count for the lowest validation loss within a memory budget."""
-    name = f"{settings.name or 'search'}-{time.strftime('%Y%m%d-%H%M%S')}"
-    budget_bytes = parse_budget(settings.search.budget, free_memory())
-    with mlflow_run(settings, name, {**prefect_tags(), "optuna.study": name}) as parent:
-        model = import_model(settings.model)
-        check_space(settings, model.language_config()["num_hidden_layers"])
-        data = prepare(settings.data, model, parent)
-        study = create_study(name, settings)
+@flow(name="search", flow_run_name=lambda: _flow_run_name(), validate_parameters=True)
+def hypersearch(settings: Settings, resumed: str | None = None) -> SearchOutcome:
+    """Search hyperparameters for the lowest validation loss within a memory budget, and finetune with them.
 
-        def price(proposal: TrainSettings) -> int:
-            return estimate_memory(proposal, model, data).peak_bytes
-
-        def train_trial(proposal: TrainSettings, number: int) -> Trained:
-            trial = settings.model_copy(update={"train": proposal})
-            tags = {**prefect_tags(), "optuna.study": name, "optuna.trial": str(number)}
-            with mlflow_run(trial, f"trial-{number}", tags, parent) as run:
-                run.report(0, {"predicted_memory": price(proposal) / 1e9})
-                named = train.with_options(task_run_name=f"trial-{number}")
-                adapter = named(proposal, model, data, run)
-                loss = adapter.read_json(TRAINING_FILE)["best_val_loss"]
-                return Trained(loss, {"mlflow.run_id": run.id, "adapter": str(adapter.path)})
-
-        trials = run_trials(study, settings, budget_bytes, price, train_trial)
-        outcome = SearchOutcome(name, trials, budget_bytes, parent)
-        log_leaderboard(outcome)
-        return outcome
+    `resumed` is the name of a study with these settings that was stopped or killed and is to be continued.
+    """
+    log_our_steps()
+    check_sampler(settings.search.sampler)
+    study = open_study(resumed) if resumed else _new_study(settings)
+    with held(study.name):
+        study = open_study(study.name)  # as it is now that nobody else writes to it
+        _end_dead_flow_runs(study)
+        tags = {**prefect_tags(), "optuna.study": study.name}
+        parent_id = _parent_run(settings, study.name) if resumed else None
+        try:
+            with mlflow_run(settings, study.name, tags, resumed=parent_id) as parent:
+                study.remember(**{"mlflow.run_id": parent.id})
+                return _search(study, settings, parent)
+        except KeyboardInterrupt:
+            log.warning("'tunesmith search --resume %s' goes on from here", study.name)
+            raise
 
 
-def log_leaderboard(outcome: SearchOutcome) -> None:
-    """Every proposal, excluded ones too, as a table of the parent run, and the best one's figures."""
-    trials = outcome.trials
-    outcome.run.log_table(
-        {
-            "trial": [trial.number for trial in trials],
-            "state": [trial.state for trial in trials],
-            "val_loss": [trial.val_loss for trial in trials],
-            "learning_rate": [trial.settings.learning_rate for trial in trials],
-            "rank": [trial.settings.rank for trial in trials],
-            "num_layers": [trial.settings.num_layers for trial in trials],
-            "predicted_memory_gb": [trial.predicted_bytes / 1e9 for trial in trials],
-        },
-        "leaderboard.json",
-    )
-    outcome.run.report(0, {"over_budget": sum(trial.state == "over budget" for trial in trials)})
-    if outcome.best:
-        outcome.run.report(0, {"best_val_loss": outcome.best.val_loss})
-        outcome.run.set_tags({"optuna.best_trial": outcome.best.number})
+def resumable_settings(study: str) -> Settings:
+    """The settings of a search that was stopped; its tracking store is that of the environment.
+
+    Raises:
+        InputError: there is no such study, or it has come to its end.
+    """
+    attributes = open_study(study).attributes
+    if "settings" not in attributes:
+        raise InputError(f"study '{study}' is none of a search; 'tunesmith study' shows those that are")
+    if attributes.get("finished"):
+        raise InputError(f"search '{study}' is finished: 'tunesmith study {study}' shows what it found")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "settings.yaml"
+        path.write_text(attributes["settings"], encoding="utf-8")
+        settings = load_settings(path)
+    if settings.tracking.uri and "***" in settings.tracking.uri:  # its password was not kept
+        return settings.model_copy(
+            update={"tracking": TrackingSettings(experiment=settings.tracking.experiment)}
+        )
+    return settings
+
+
+def _search(study: Study, settings: Settings, parent: Run) -> SearchOutcome:
+    """The body of the flow, within the search's MLflow run."""
+    model = import_model(settings.model)
+    check_space(settings, model.language_config()["num_hidden_layers"])
+    data = prepare(settings.data, model, parent)
+    _check_unchanged(study, settings, model, data)
+    budget_bytes = _budget_bytes(study, settings)
+    runs = TrialRuns(settings, study, parent, prefect_tags())
+    runs.adopt()
+    search = Search(study, settings, model, data, budget_bytes, _priced(model, data), runs)
+    trials = search.run()
+    best = study.best()
+    best_settings = search.settings_of(best.params)[0] if best else None
+    log_study(study, parent)
+    best_run = ""
+    if best and best_settings and settings.search.finetune:
+        best_run = _finetune_best(study, settings, best, best_settings, parent)
+    study.remember(finished=True)
+    return SearchOutcome(study.name, trials, budget_bytes, parent, best, best_settings, best_run)
+
+
+def _priced(model: ModelFolder, data: StepOutput) -> Callable[[TrainSettings], int]:
+    return lambda proposal: estimate_memory(proposal, model, data).peak_bytes
+
+
+def log_study(study: Study, run: Run) -> None:
+    """The leaderboard, what was learnt, and the plots, as artifacts of the search's run."""
+    run.log_table(leaderboard(study), "leaderboard.json")
+    found = findings(study)
+    run.log_text("\n".join(found.sentences) + "\n", "findings.txt")
+    run.report(0, {f"importance/{name}": share for name, share in found.importance.items()})
+    states = [trial.state for trial in study.trials.values()]
+    run.report(0, {"over_budget": states.count("over budget"), "infeasible": states.count("infeasible")})
+    if best := study.best():
+        run.report(0, {"best_val_loss": best.val_loss})
+        run.set_tags({"optuna.best_trial": best.number})
+    with tempfile.TemporaryDirectory() as folder:
+        draw_study(study, Path(folder))
+        run.log_files(Path(folder), "plots")
+
+
+def _new_study(settings: Settings) -> Study:
+    study = create_study(f"{settings.name or 'search'}-{time.strftime('%Y%m%d-%H%M%S')}")
+    study.remember(settings=settings_as_yaml(settings), finished=False)
+    return study
+
+
+def _end_dead_flow_runs(study: Study) -> None:
+    """Of earlier processes; this one's flow run is remembered for the next."""
+    before = [str(each) for each in study.attributes.get("prefect.flow_run_ids", [])]
+    if ended := mark_crashed(before, f"its process was killed; search '{study.name}' was resumed"):
+        log.info("%d flow runs of killed processes are marked as crashed", ended)
+    own = str(prefect.runtime.flow_run.get_id() or "")
+    study.remember(**{"prefect.flow_run_ids": [*before, own]})
+
+
+def _parent_run(settings: Settings, name: str) -> str | None:
+    """The search's run in MLflow; None when it was killed before it had one."""
+    return next((run.id for run in stored_runs(settings.tracking) if run.name == name), None)
+
+
+def _check_unchanged(study: Study, settings: Settings, model: ModelFolder, data: StepOutput) -> None:
+    """A search compares trainings on the same rows, of the same base, by the same code."""
+    now = output_folder("train", training_inputs(settings.train, model, data)).name
+    before = study.attributes.get("training")
+    if before not in (None, now):
+        raise InputError(
+            f"search '{study.name}': its model, its data or Tunesmith itself have changed since it began "
+            f"({before}, now {now}); 'tunesmith search' with its config starts anew"
+        )
+    study.remember(training=now)
+
+
+def _budget_bytes(study: Study, settings: Settings) -> int:
+    """As it was when the search began: a share of what is free means another amount each time."""
+    if "budget_bytes" not in study.attributes:
+        study.remember(budget_bytes=parse_budget(settings.search.budget, free_memory()))
+    return int(study.attributes["budget_bytes"])
+
+
+def _finetune_best(
+    study: Study, settings: Settings, best: Trial, best_settings: TrainSettings, parent: Run
+) -> str:
+    """Finetune with the best trial's settings, whose training is found finished; the MLflow run's id."""
+    name = f"{study.name}-best"
+    known = [run for run in stored_runs(settings.tracking) if run.name == name]
+    finished = next((run.id for run in known if run.status == "FINISHED"), None)
+    stopped = next((run.id for run in known if run.status != "FINISHED"), None)
+    chosen = settings.model_copy(update={"name": name, "train": best_settings})
+    run_id = finished or finetune(chosen, stopped).finished.run.id
+    with reopened(settings.tracking, run_id) as run:
+        run.set_tags(
+            {"optuna.study": study.name, "optuna.trial": best.number, "tunesmith.search_run": parent.id}
+        )
+    parent.set_tags({"tunesmith.best_run": run_id})
+    study.remember(best_trial=best.number, best_run=run_id)
+    return run_id
+
+
+def _flow_run_name() -> str:
+    parameters = prefect.runtime.flow_run.get_parameters()
+    given = parameters["settings"]
+    settings = given if isinstance(given, Settings) else Settings.model_validate(given)
+    return str(parameters.get("resumed") or settings.name or "search")

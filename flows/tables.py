@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -17,7 +16,6 @@ from rich.text import Text
 if TYPE_CHECKING:
     from flows.doctor import Check
     from flows.finetune import Outcome
-    from flows.hypersearch import SearchOutcome
     from tasks.config import Settings
 
 SUMMARISED = {"test_loss", "general_loss", "chrf"}
@@ -85,42 +83,6 @@ def print_outcome(console: Console, outcome: Outcome, seconds: float) -> None:
             console.print(Text(f"made: {step.name}, because of {step.why}", style="dim"), soft_wrap=True)
     _print_samples(console, base.get("answers", []), tuned.get("answers", []))
     _print_places(console, outcome)
-
-
-def print_search(console: Console, outcome: SearchOutcome, config: Path) -> None:
-    """The leaderboard of a search, and the command that finetunes with the best settings."""
-    table = _table("trial", "val loss", "learning rate", "rank", "layers", "predicted", "")
-    for trial in sorted(outcome.trials, key=lambda trial: (trial.state != "trained", trial.val_loss)):
-        loss = f"{trial.val_loss:.4f}" if trial.state == "trained" else "-"
-        values = trial.settings
-        table.add_row(
-            str(trial.number),
-            loss,
-            f"{values.learning_rate:.2e}",
-            str(values.rank),
-            str(values.num_layers),
-            f"{trial.predicted_bytes / 1e9:.2f} GB",
-            "" if trial.state == "trained" else f"[yellow]{trial.state}",
-        )
-    console.print()
-    console.print(table)
-    console.print(
-        f"budget {outcome.budget_bytes / 1e9:.2f} GB a trial; study {outcome.study}", highlight=False
-    )
-    if outcome.best is None:
-        console.print(
-            "[yellow]No trial was trained: raise --budget, or search smaller ranks and fewer layers."
-        )
-        return
-    best = outcome.best.settings
-    print_commands(
-        console,
-        {
-            "finetune": f"tunesmith finetune {config} train.learning_rate={best.learning_rate:.6g} "
-            f"train.rank={best.rank} train.num_layers={best.num_layers}",
-            "compare": "tunesmith ui",
-        },
-    )
 
 
 def print_data_report(console: Console, report: Mapping[str, Any], batch_size: int, samples: int = 0) -> None:

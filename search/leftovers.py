@@ -1,4 +1,4 @@
-"""Optuna trials that a killed search has left RUNNING: told as failed, or the sampler avoids their region."""
+"""Optuna trials that a killed process has left RUNNING: told as failed, or the sampler avoids their region."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from tasks.home import runs_dir
 PROCESS = "tunesmith.process"
 """User attribute of a trial: `tasks.alive.this_process` of who runs it."""
 
+STANDING = "standing"
+"""User attribute of a trial of ours: all that is known of it, from which a search goes on."""
+
 
 def fail_trials(known: Collection[tuple[str, int]] = (), storage: str | None = None) -> list[str]:
     """Tell FAIL for trials that are RUNNING though the process that ran them is gone.
+
+    Those of a search that can be gone on with are left to `tunesmith search --resume`, which loses none.
 
     Args:
         known: (study, number) of trials whose process is known to be gone, as by their MLflow runs.
@@ -31,7 +36,7 @@ def fail_trials(known: Collection[tuple[str, int]] = (), storage: str | None = N
     for study in at.get_all_studies():
         for trial in at.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.RUNNING,)):
             dead = is_gone(str(trial.user_attrs.get(PROCESS, "")))
-            if not dead and (study.study_name, trial.number) not in known:
+            if STANDING in trial.user_attrs or not (dead or (study.study_name, trial.number) in known):
                 continue
             at.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             failed.append(f"{study.study_name} trial {trial.number}")

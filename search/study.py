@@ -1,135 +1,342 @@
-"""The study: propose, price, train, tell. Optuna keeps it under `mlruns/optuna.db`."""
+"""A search's memory: an Optuna study under `mlruns/optuna.db`, from which a killed search goes on.
+
+A trial is added with its values, price and bracket in one transaction, and stays RUNNING while it is trained
+or waits at a rung. What is known of it is one attribute, written whole at every rung, so that a kill
+leaves the one state or the other. Attributes for people stand beside it: optuna-dashboard shows them.
+"""
 
 from __future__ import annotations
 
-import logging
+import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import optuna
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from optuna.distributions import BaseDistribution
+from optuna.trial import TrialState
 
-from search.space import suggest
-from tasks.config import Settings, TrainSettings
-from tasks.errors import StepError
+from search.leftovers import PROCESS, STANDING
+from search.rungs import Entrant, losses_at
+from search.space import Params
+from tasks.alive import this_process
+from tasks.errors import InputError
 from tasks.home import runs_dir
-from tasks.progress import progress
 
-log = logging.getLogger(__name__)
+State = Literal["waiting", "trained", "pruned", "over budget", "infeasible", "failed"]
 
-PROPOSALS_A_TRIAL = 10
-"""The search ends after this many proposals for each trial wanted, trained or not."""
+TOLD: dict[State, TrialState] = {
+    "trained": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "over budget": TrialState.PRUNED,
+    "infeasible": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
+"""What Optuna is told; it knows what did not fit by a violated constraint."""
+
+GIGABYTE = 1e9
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What training a proposal gave.
+class Standing:
+    """What is known of a trial beside its values.
 
     Attributes:
-        val_loss: of the best adapter.
-        links: attributes of the Optuna trial that lead to its runs elsewhere.
+        state: `waiting` for its next rung or in it; `over budget`, never started; `infeasible`, its process
+            died of it; `failed`, as by a loss that is not finite.
+        predicted_bytes: the peak memory expected of it.
+        rung_steps: updates at each rung, the last is its end.
+        first_rung: of its bracket.
+        val_losses: (updates done, validation loss) so far, without that before training.
+        ended_by: the setting that ended the training; empty until then.
+        seconds: of training.
+        measured_bytes: its peak memory.
+        adapter: the folder of the published adapter, of a trained one.
+        reason: why it stopped, where it did not come to its end.
+        deaths: processes that were killed while they trained it.
     """
 
-    val_loss: float
-    links: Mapping[str, str] = field(default_factory=dict)
+    state: State
+    predicted_bytes: int
+    rung_steps: tuple[int, ...]
+    first_rung: int
+    val_losses: tuple[tuple[int, float], ...] = ()
+    ended_by: str = ""
+    seconds: float = 0.0
+    measured_bytes: int = 0
+    adapter: str = ""
+    reason: str = ""
+    deaths: int = 0
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One proposal and what became of it.
-
-    Attributes:
-        state: `trained`; `over budget`, never started; or `failed` while training.
-        predicted_bytes: the peak memory expected of it.
-        val_loss: of the best adapter; NaN unless trained.
-    """
+    """One proposal and what became of it."""
 
     number: int
-    settings: TrainSettings
-    predicted_bytes: int
-    state: Literal["trained", "over budget", "failed"]
-    val_loss: float = math.nan
+    params: Params
+    standing: Standing
+    run_id: str = ""
+
+    @property
+    def state(self) -> State:
+        """What became of it."""
+        return self.standing.state
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The lowest validation loss up to each rung that it has reached."""
+        return losses_at(self.standing.val_losses, self.standing.rung_steps, bool(self.standing.ended_by))
+
+    @property
+    def val_loss(self) -> float:
+        """That of its best weights so far; NaN before its first rung."""
+        return min((loss for _, loss in self.standing.val_losses), default=math.nan)
+
+    @property
+    def step(self) -> int:
+        """Updates done when it was last heard of."""
+        return max((step for step, _ in self.standing.val_losses), default=0)
+
+    def entrant(self) -> Entrant:
+        """As the rules of the rungs see it."""
+        return Entrant(self.number, self.losses, self.state in ("infeasible", "failed"))
 
 
-def create_study(name: str, settings: Settings) -> optuna.Study:
-    """A new study, sampled by TPE. A fresh database is set up by one process at a time."""
+class Study:
+    """A study in Optuna's storage and the trials it holds; of one process at a time, see `held`."""
+
+    def __init__(self, stored: optuna.Study) -> None:
+        self.stored = stored
+        self.trials: dict[int, Trial] = {}
+        for frozen in stored.get_trials(deepcopy=False):
+            if STANDING in frozen.user_attrs:
+                self.trials[frozen.number] = _read(frozen)
+                if frozen.state == TrialState.RUNNING and self.trials[frozen.number].state != "waiting":
+                    self._tell(self.trials[frozen.number])  # killed between the two
+
+    @property
+    def name(self) -> str:
+        """Of the study, and of its run in MLflow."""
+        return self.stored.study_name
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What `remember` was given."""
+        return self.stored.user_attrs
+
+    def remember(self, **attributes: Any) -> None:
+        """Keep JSON values with the study."""
+        for name, value in attributes.items():
+            self.stored.set_user_attr(name, value)
+
+    def add(
+        self, params: Params, space: Mapping[str, BaseDistribution], standing: Standing, budget_bytes: int
+    ) -> Trial:
+        """Add a proposal with its price; one over the budget is finished by that."""
+        over = standing.predicted_bytes / budget_bytes - 1
+        template = optuna.trial.create_trial(
+            state=TrialState.PRUNED if standing.state == "over budget" else TrialState.RUNNING,
+            params=dict(params),
+            distributions=dict(space),
+            constraints={"memory": over},
+            user_attrs={STANDING: _plain(standing), **_readable(standing), PROCESS: this_process()},
+        )
+        self.stored.add_trial(template)
+        trial = Trial(len(self.stored.get_trials(deepcopy=False)) - 1, dict(params), standing)
+        self.trials[trial.number] = trial
+        return trial
+
+    def update(self, number: int, **changes: Any) -> Trial:
+        """Change what is known of a trial; one that is no longer `waiting` is told to Optuna."""
+        trial = self.trials[number]
+        trial = replace(trial, standing=replace(trial.standing, **changes))
+        handle = self._handle(number)
+        handle.set_user_attr(STANDING, _plain(trial.standing))
+        for name, value in _readable(trial.standing).items():
+            handle.set_user_attr(name, value)
+        self.trials[number] = trial
+        if len(self.stored.directions) == 1:
+            known = self.stored.get_trials(deepcopy=False)[number].intermediate_values
+            for step, loss in _best_so_far(trial.standing.val_losses):
+                if step not in known:
+                    handle.report(loss, step)
+        if trial.state != "waiting":
+            self._tell(trial)
+        return trial
+
+    def link(self, number: int, run_id: str) -> None:
+        """Remember the MLflow run of a trial, and which process works on it."""
+        handle = self._handle(number)
+        handle.set_user_attr("mlflow.run_id", run_id)
+        handle.set_user_attr(PROCESS, this_process())
+        self.trials[number] = replace(self.trials[number], run_id=run_id)
+
+    def best(self) -> Trial | None:
+        """The trained trial of the lowest validation loss, if any was trained."""
+        trained = [trial for trial in self.trials.values() if trial.state == "trained"]
+        return min(trained, key=lambda trial: (trial.val_loss, trial.number), default=None)
+
+    def _handle(self, number: int) -> optuna.trial.Trial:
+        frozen = self.stored.get_trials(deepcopy=False)[number]
+        return optuna.trial.Trial(self.stored, frozen._trial_id)
+
+    def _tell(self, trial: Trial) -> None:
+        if trial.state == "infeasible":
+            handle = self._handle(trial.number)
+            if "process" not in handle.constraints:
+                handle.set_constraint("process", 1.0)
+        values = objective_values(trial, len(self.stored.directions)) if trial.state == "trained" else None
+        self.stored.tell(trial.number, values, state=TOLD[trial.state])
+
+
+def objective_values(trial: Trial, objectives: int) -> tuple[float, ...]:
+    """Validation loss, peak memory (GB) and training time (s), as many of them as are asked for."""
+    standing = trial.standing
+    return (trial.val_loss, standing.measured_bytes / GIGABYTE, standing.seconds)[:objectives]
+
+
+def create_study(name: str, objectives: int = 1) -> Study:
+    """A new study; of a name that is there already, with a number after it."""
+    with _set_up() as storage:
+        taken = set(optuna.study.get_all_study_names(storage))
+        chosen = name
+        for number in range(2, len(taken) + 3):
+            if chosen not in taken:
+                break
+            chosen = f"{name}-{number}"
+        stored = optuna.create_study(
+            study_name=chosen,
+            storage=storage,
+            directions=["minimize"] * objectives,
+            pruner=optuna.pruners.NopPruner(),
+        )
+    return Study(stored)
+
+
+def open_study(name: str) -> Study:
+    """The study of this name, for the process that holds it.
+
+    Raises:
+        InputError: there is none, with the names there are.
+    """
+    return Study(_load(name))
+
+
+def read_study(name: str) -> Study:
+    """The study of this name, to look at; nothing is written."""
+    stored = _load(name)
+    study = Study.__new__(Study)
+    study.stored = stored
+    study.trials = {
+        frozen.number: _read(frozen)
+        for frozen in stored.get_trials(deepcopy=False)
+        if STANDING in frozen.user_attrs
+    }
+    return study
+
+
+def study_names() -> list[str]:
+    """The studies there are, newest first."""
+    if not _database().exists():
+        return []
+    with _set_up() as storage:
+        summaries = optuna.get_all_study_summaries(storage, include_best_trial=False)
+    return [summary.study_name for summary in sorted(summaries, key=lambda each: -each._study_id)]
+
+
+def unfinished_study() -> str:
+    """The newest search that has not come to its end.
+
+    Raises:
+        InputError: there is none.
+    """
+    for name in study_names():
+        if not _load(name).user_attrs.get("finished", True):
+            return name
+    raise InputError("no search is unfinished; 'tunesmith search CONFIG' starts one")
+
+
+@contextmanager
+def held(name: str) -> Iterator[None]:
+    """Hold a study for the block: the system frees it when the process dies, however it does.
+
+    Raises:
+        InputError: another process works on it.
+    """
+    folder = runs_dir() / "searches"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{name.replace('/', '_')}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"search '{name}' is running in another process; stop that first") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def storage_url() -> str:
+    """Where Optuna keeps its studies, as optuna-dashboard takes it."""
+    return f"sqlite:///{_database()}"
+
+
+def _database() -> Path:
+    return runs_dir() / "optuna.db"
+
+
+def _load(name: str) -> optuna.Study:
+    names = study_names()
+    if name not in names:
+        known = (
+            f"there is {', '.join(names[:5])}" if names else "there is none yet; 'tunesmith search' makes one"
+        )
+        raise InputError(f"study '{name}': no such study in {storage_url()}; {known}")
+    with _set_up() as storage:
+        return optuna.load_study(study_name=name, storage=storage, pruner=optuna.pruners.NopPruner())
+
+
+@contextmanager
+def _set_up() -> Iterator[optuna.storages.RDBStorage]:
+    """The storage; a fresh database is made by one process at a time."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     runs_dir().mkdir(parents=True, exist_ok=True)
     with FileLock(runs_dir() / ".optuna.lock"):
-        return optuna.create_study(
-            study_name=name,
-            storage=f"sqlite:///{runs_dir() / 'optuna.db'}",
-            sampler=optuna.samplers.TPESampler(seed=settings.search.seed, n_startup_trials=5),
-            pruner=optuna.pruners.NopPruner(),
-        )
+        yield optuna.storages.RDBStorage(storage_url(), engine_kwargs={"connect_args": {"timeout": 60}})
 
 
-def run_trials(
-    study: optuna.Study,
-    settings: Settings,
-    budget_bytes: int,
-    price: Callable[[TrainSettings], int],
-    train: Callable[[TrainSettings, int], Trained],
-) -> list[Trial]:
-    """Run `settings.search.trials` trials, lowest validation loss wanted; proposals over budget are extra.
-
-    Args:
-        price: predicts the peak memory of a proposal, in bytes.
-        train: trains a proposal, given its number.
-    """
-    trials: list[Trial] = []
-    wanted = settings.search.trials
-    with progress("search", total=wanted) as bar:
-        for _ in range(wanted * PROPOSALS_A_TRIAL):
-            trial = _run_trial(study, settings, budget_bytes, price, train)
-            trials.append(trial)
-            if trial.state != "over budget":
-                bar.advance(1, _best_note(trials))
-                wanted -= 1
-            if not wanted:
-                break
-    return trials
+def _plain(standing: Standing) -> str:
+    return json.dumps(asdict(standing))
 
 
-def best_trial(trials: list[Trial]) -> Trial | None:
-    """The trained trial of the lowest validation loss, if any was trained."""
-    trained = [trial for trial in trials if trial.state == "trained"]
-    return min(trained, key=lambda trial: trial.val_loss, default=None)
+def _read(frozen: optuna.trial.FrozenTrial) -> Trial:
+    plain = json.loads(frozen.user_attrs[STANDING])
+    plain["rung_steps"] = tuple(plain["rung_steps"])
+    plain["val_losses"] = tuple((step, loss) for step, loss in plain["val_losses"])
+    return Trial(frozen.number, frozen.params, Standing(**plain), frozen.user_attrs.get("mlflow.run_id", ""))
 
 
-def _run_trial(
-    study: optuna.Study,
-    settings: Settings,
-    budget_bytes: int,
-    price: Callable[[TrainSettings], int],
-    train: Callable[[TrainSettings, int], Trained],
-) -> Trial:
-    """Ask for one proposal and tell the study what became of it."""
-    asked = study.ask()
-    proposal = suggest(asked, settings)
-    predicted = price(proposal)
-    asked.set_constraint("memory", (predicted - budget_bytes) / budget_bytes)
-    if predicted > budget_bytes:
-        log.info("trial %d needs %.1f GB, over the budget: not started", asked.number, predicted / 1e9)
-        study.tell(asked, state=optuna.trial.TrialState.PRUNED)
-        return Trial(asked.number, proposal, predicted, "over budget")
-    try:
-        trained = train(proposal, asked.number)
-    except StepError as error:
-        log.warning("trial %d failed: %s", asked.number, error)
-        study.tell(asked, state=optuna.trial.TrialState.FAIL)
-        return Trial(asked.number, proposal, predicted, "failed")
-    except BaseException:
-        study.tell(asked, state=optuna.trial.TrialState.FAIL)
-        raise
-    for name, value in trained.links.items():
-        asked.set_user_attr(name, value)
-    study.tell(asked, trained.val_loss)
-    return Trial(asked.number, proposal, predicted, "trained", trained.val_loss)
+def _readable(standing: Standing) -> dict[str, Any]:
+    """For those who look at the study in optuna-dashboard."""
+    losses = losses_at(standing.val_losses, standing.rung_steps, bool(standing.ended_by))
+    shown = {
+        "outcome": standing.state,
+        "predicted_gb": round(standing.predicted_bytes / GIGABYTE, 3),
+        "measured_gb": round(standing.measured_bytes / GIGABYTE, 3),
+        "rung": len(losses),
+        "reason": standing.reason,
+        "adapter": standing.adapter,
+    }
+    return {name: value for name, value in shown.items() if value or name in ("outcome", "rung")}
 
 
-def _best_note(trials: list[Trial]) -> str:
-    best = best_trial(trials)
-    return f"best val_loss {best.val_loss:.4f}" if best else ""
+def _best_so_far(val_losses: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]:
+    best = math.inf
+    for step, loss in val_losses:
+        best = min(best, loss)
+        yield step, best

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -35,6 +35,9 @@ def _some_layers(count: int) -> int:
 
 
 Layers = Annotated[int, AfterValidator(_some_layers)]
+
+T = TypeVar("T")
+R = TypeVar("R", bound="Range")
 
 DORA_BITS = (2, 4, 8)
 """Bits of a quantised base that mlx-lm's DoRA can read; see tasks/train/quantised_base.py."""
@@ -309,30 +312,132 @@ class RegisterSettings(Section):
     )
 
 
-class LearningRateRange(Section):
-    """A range searched on a log scale."""
+class Range(Section):
+    """Every number from `low` to `high`, both included."""
 
-    low: float = Field(3e-5, gt=0)
-    high: float = Field(1e-3, gt=0)
+    low: float
+    high: float
+    log: bool = Field(False, description="evenly over the orders of magnitude")
 
     @model_validator(mode="after")
-    def _ordered(self) -> LearningRateRange:
+    def _ordered(self) -> Range:
         if self.low >= self.high:
             raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low ({self.low:g}) must be above 0 on a log scale")
         return self
 
 
-class SearchSettings(Section):
-    """Hyperparameter search: what is varied, how often, in how much memory."""
+class LearningRateRange(Range):
+    """Learning rates, on a log scale.
 
-    trials: int = Field(12, ge=1)
-    budget: str = Field(
-        "75%", description="memory for one trial: 8GB, 512MB, or a share of what is free: 75%"
+    Within the defaults lie the best rates for LoRA of published comparisons, which found the learning rate to
+    matter most and rank little (Biderman et al. 2024, arXiv:2405.09673; Schulman et al. 2025, "LoRA Without
+    Regret").
+    """
+
+    low: float = Field(3e-5, gt=0)
+    high: float = Field(1e-3, gt=0, le=1)
+    log: bool = True
+
+
+class WholeRange(Range):
+    """Every whole number from `low` to `high`."""
+
+    low: int = Field(ge=1)
+    high: int = Field(ge=1)
+
+
+def _form(value: object) -> str:
+    """Which of the three forms of a searched parameter is given."""
+    if isinstance(value, Mapping | Range):
+        return "(range)"
+    return "(list)" if isinstance(value, list | tuple) else "(fixed)"
+
+
+def _layers_or_share(value: int | str) -> int | str:
+    if isinstance(value, int):
+        return _some_layers(value)
+    if not re.fullmatch(r"L(/[1-9]\d*)?", value):
+        raise ValueError(
+            "give a number of layers, -1 for all, or a share of the model's L layers: L/8, L/2, L"
+        )
+    return value
+
+
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    if not values:
+        raise ValueError("an empty list; give at least one value, or leave the setting out")
+    if len(set(values)) < len(values):
+        raise ValueError("a value stands twice; give each once")
+    return values
+
+
+Rate = Annotated[float, Field(gt=0, le=1)]
+Rank = Annotated[int, Field(ge=1, le=4096)]
+Positive = Annotated[float, Field(gt=0)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+LayersOrShare = Annotated[int | str, AfterValidator(_layers_or_share)]
+
+Some = Annotated[tuple[T, ...], AfterValidator(_distinct)]
+Searched = Annotated[
+    Annotated[T, Tag("(fixed)")] | Annotated[Some[T], Tag("(list)")] | Annotated[R, Tag("(range)")],
+    Discriminator(_form),
+]
+"""A parameter that is fixed, one of a list, or anywhere in a range.
+
+Told apart by their kind, so that a mistake in one is not answered with a complaint of the others.
+"""
+
+
+class SearchSettings(Section):
+    """Hyperparameter search: what is varied, how often, in how much memory.
+
+    Each parameter is a value, a list of values, or a range {low: …, high: …, log: true}.
+    """
+
+    trials: int = Field(12, ge=1, description="proposals that are trained")
+    time: str | None = Field(
+        None,
+        pattern=r"^\d+(\.\d+)?\s*(s|min|h|d)$",
+        description="propose for this long instead of `trials` times: 8h, 90min",
     )
-    learning_rate: LearningRateRange = LearningRateRange()
-    rank: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field((8, 16, 32, 64), min_length=1)
-    num_layers: tuple[Layers, ...] = Field((4, 8, 16), min_length=1)
-    seed: int = Field(0, description="of the sampler")
+    budget: str = Field(
+        "75%", description="memory for the trials at work: 8GB, 512MB, or a share of what is free: 75%"
+    )
+    learning_rate: Searched[Rate, LearningRateRange] = LearningRateRange()
+    rank: Searched[Rank, WholeRange] = (8, 16, 32, 64)
+    num_layers: Searched[LayersOrShare, WholeRange] = Field(
+        ("L/8", "L/4", "L/2", "L"), description="numbers, -1, or shares of the model's L layers"
+    )
+    alpha: Searched[Positive, Range] | None = Field(None, description="in place of train.alpha")
+    scale: Searched[Positive, Range] | None = Field(None, description="in place of train.scale")
+    dropout: Searched[Dropout, Range] | None = Field(None, description="in place of train.dropout")
+    batch_size: Searched[Count, WholeRange] | None = Field(None, description="in place of train.batch_size")
+    epochs: Searched[Positive, Range] | None = Field(None, description="in place of train.epochs")
+    targets: Some[str] | None = Field(
+        None, description="in place of train.targets; of each the names with a comma between: q_proj,v_proj"
+    )
+    sampler: Literal["tpe", "gp"] = Field("tpe", description="gp needs PyTorch")
+    rungs: Literal["halving", "median", "none"] = Field(
+        "halving",
+        description="where trials stop: only the best of a rung go on (one bracket below 40 trials, "
+        "Hyperband from there), those worse than the median stop, or none does",
+    )
+    reduction: int = Field(3, ge=2, le=10, description="of so many trials one goes on, so many times as long")
+    first_rung: float = Field(0.1, gt=0, le=1, description="the least share of the full length for a trial")
+    workers: int | None = Field(
+        None, ge=1, description="trials side by side; one on a GPU, a core each on CPU"
+    )
+    finetune: bool = Field(True, description="evaluate, fuse and register the best trial")
+    seed: int = Field(0, ge=0, description="of the sampler")
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> SearchSettings:
+        if self.alpha is not None and self.scale is not None:
+            raise ValueError("scale is used in place of alpha; search one of them")
+        return self
 
 
 class TrackingSettings(Section):

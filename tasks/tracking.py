@@ -531,6 +531,39 @@ def newest_run_with(settings: TrackingSettings, tags: Mapping[str, str]) -> Stor
 
 
 @dataclass(frozen=True)
+class NestedRun:
+    """A run under a parent run."""
+
+    id: str
+    status: str
+    tags: Mapping[str, str]
+
+
+def nested_runs(parent: Run) -> list[NestedRun]:
+    """The runs under `parent`, oldest first."""
+    found = f"tags.`mlflow.parentRunId` = '{parent.id}'"
+    runs: list[NestedRun] = []
+    token: str | None = None
+    while True:
+        page = parent.client.search_runs(
+            [parent.experiment_id],
+            found,
+            order_by=["attributes.start_time ASC"],
+            page_token=token,
+            max_results=PAGE,
+        )
+        runs += [NestedRun(run.info.run_id, run.info.status, dict(run.data.tags)) for run in page]
+        token = page.token
+        if not token:
+            return runs
+
+
+def end_run(run: Run, status: str) -> None:
+    """Give a run that a killed process has left RUNNING a status."""
+    run.client.set_terminated(run.id, status)
+
+
+@dataclass(frozen=True)
 class Record:
     """What a run has left in the store: settings as text, the last value of each figure, tags."""
 

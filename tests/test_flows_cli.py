@@ -174,7 +174,7 @@ def test_every_verb_has_a_help_line() -> None:
     [
         ("inspect", ("model.source", "as a page", "as JSON")),
         ("prepare", ("model.source", "put a copy here")),
-        ("search", ("how many to train", "memory for one trial")),
+        ("search", ("how many to train", "memory for the trials at work", "go on with a search")),
         ("schedule", ("two o'clock every night", "Europe/Berlin")),
     ],
 )

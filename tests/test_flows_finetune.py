@@ -12,7 +12,6 @@ import pytest
 from prefect.artifacts import Artifact
 
 from flows.finetune import Outcome, finetune, run_name
-from flows.hypersearch import hypersearch
 from tasks.config import Settings, load_settings
 from tasks.errors import StepError
 from tasks.models.folder import ModelFolder
@@ -153,31 +152,3 @@ def test_a_fused_model_that_is_not_the_adapter_is_not_published(
     with pytest.raises(StepError, match=r"over fuse\.tolerance"):
         finetune(settings)
     assert list((home / "steps" / "fuse").iterdir()) == []
-
-
-def test_a_search_nests_its_trials_and_never_starts_what_is_over_the_budget(settings: Settings) -> None:
-    wanted = change(settings, "search.trials=3", "search.budget=1GB")
-    wanted = wanted.model_copy(
-        update={"search": wanted.search.model_copy(update={"num_layers": (1, 2), "rank": (2, 100_000_000)})}
-    )
-    outcome = hypersearch(wanted)
-    states = [trial.state for trial in outcome.trials]
-    assert states.count("trained") == 3
-    assert all((t.state == "over budget") == (t.settings.rank > 2) for t in outcome.trials)
-    client = outcome.run.client
-    nested = client.search_runs(
-        [outcome.run.experiment_id], f"tags.`mlflow.parentRunId` = '{outcome.run.id}'"
-    )
-    assert len(nested) == 3
-    assert {run.data.tags["optuna.study"] for run in nested} == {outcome.study}
-    assert outcome.best is not None
-    best = next(run for run in nested if run.data.tags["optuna.trial"] == str(outcome.best.number))
-    assert best.data.metrics["best_val_loss"] == outcome.best.val_loss
-
-
-def test_a_trial_equals_the_same_settings_trained_alone(settings: Settings) -> None:
-    wanted = change(settings, "search.trials=1")
-    wanted = wanted.model_copy(update={"search": wanted.search.model_copy(update={"num_layers": (1, 2)})})
-    trial = hypersearch(wanted).trials[0]
-    alone = finetune(wanted.model_copy(update={"train": trial.settings}))
-    assert "train" in reused(alone)

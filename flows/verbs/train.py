@@ -1,4 +1,4 @@
-"""Train: one finetune, one that goes on, or a search of many."""
+"""Train: one finetune, or one that goes on."""
 
 from __future__ import annotations
 
@@ -42,37 +42,6 @@ def resume(run: str, /) -> None:
     run_finetune(interrupted.settings, interrupted.run_id)
 
 
-@app.command(group=TRAIN)
-def search(
-    config: Config,
-    overrides: Overrides | None = None,
-    /,
-    *,
-    trials: int | None = None,
-    budget: str | None = None,
-) -> None:
-    """Search learning rate, rank and number of layers within a memory budget.
-
-    Parameters
-    ----------
-    trials
-        how many to train (search.trials)
-    budget
-        memory for one trial: 8GB, or 75% of what is free (search.budget)
-    """
-    given = [f"search.trials={trials}"] if trials is not None else []
-    given += [f"search.budget={budget}"] if budget is not None else []
-    settings = load(config, [*(overrides or []), *given])
-    _check_budget(settings)
-    with advised_screen() as shown:
-        with prefect_ready(settings):
-            from flows.hypersearch import hypersearch
-        outcome = hypersearch(settings)
-    from flows.tables import print_search
-
-    print_search(shown.console, outcome, config)
-
-
 def run_finetune(settings: Settings, resumed: str | None = None, force: tuple[str, ...] = ()) -> None:
     """Run the finetune flow, or go on with the MLflow run `resumed`, and print what came out."""
     started = time.perf_counter()
@@ -83,9 +52,3 @@ def run_finetune(settings: Settings, resumed: str | None = None, force: tuple[st
     from flows.tables import print_outcome
 
     print_outcome(shown.console, outcome, time.perf_counter() - started)
-
-
-def _check_budget(settings: Settings) -> None:
-    from search.budget import parse_budget
-
-    parse_budget(settings.search.budget, free_bytes=1)

@@ -41,6 +41,7 @@ def fit(
     settings: TrainSettings,
     report: Report,
     checkpoints: Checkpoints | None = None,
+    until_step: int | None = None,
 ) -> Training:
     """Train the model's trainable parameters and keep those of the lowest validation loss.
 
@@ -52,12 +53,18 @@ def fit(
     Where `max_minutes` ends a run is the machine's doing, but what it ends is not: the updates, and the
     learning rates, which follow the steps planned, are the first of the same run without that limit.
 
+    With `until_step` the training pauses there, validated and saved, and is not `ended_by` anything: called
+    again it goes on. What it finds out is the same with and without pauses.
+
     SIGINT and SIGTERM take effect after the updates under way, two at most, with a checkpoint.
 
     Raises:
+        ValueError: at `until_step` nothing is validated, or it could not be gone on from there.
         StepError: no token is supervised, or a loss, gradient or weight is not finite; no checkpoint
             holds anything of that step.
     """
+    if until_step is not None and (checkpoints is None or until_step % settings.steps_per_eval):
+        raise ValueError(f"a pause at step {until_step}: it needs checkpoints and a validation there")
     if settings.valid_rows:
         valid = valid.first(settings.valid_rows)
     in_front = prefix_ids(model)
@@ -122,6 +129,9 @@ def fit(
                 training.ended_by = limit or _patience_lost(training, settings)
                 if training.ended_by:
                     break
+                if until_step is not None and training.step >= until_step:
+                    save()
+                    return training
                 launch()
             if goes_on_after(training.step + 1):
                 launch()  # the machine goes on while the figures of the update before are read

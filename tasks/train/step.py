@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.config import TrainSettings
 from tasks.errors import InputError
@@ -13,6 +14,13 @@ from tasks.models.folder import ModelFolder
 from tasks.publish import StepOutput, output_folder, remove_drafts, run_step, write_json
 from tasks.tracking import Run
 from tasks.train.use import USE_FILE, write_use
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from tasks.train.checkpoints import Checkpoints
+    from tasks.train.loop import Report
+    from tasks.train.state import Training
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +114,68 @@ def _check_same_training(run: Run, fingerprint: str) -> None:
     run.set_tags({TRAINING_TAG: fingerprint})
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A training, finished or paused, and what its adapter is in mlx-lm's words."""
+
+    training: Training
+    config: Mapping[str, Any]
+    trainable_parameters: int
+
+
+def fit_adapter(
+    network: nn.Module,
+    settings: TrainSettings,
+    model: ModelFolder,
+    data: StepOutput,
+    checkpoints: Checkpoints,
+    report: Report,
+    start: Path | None = None,
+    until_step: int | None = None,
+) -> Fitted:
+    """Put an adapter onto `network` and train it, to the end or until it pauses at `until_step`.
+
+    Args:
+        network: of `model`, as it was loaded; it is changed.
+        start: the adapter to begin from.
+    """
+    from tasks.prepare.splits import load_splits
+    from tasks.train.adapters import adapter_config, adapter_weights, add_adapter, count_parameters
+    from tasks.train.frozen_prefix import base_identity, without_frozen_layers
+    from tasks.train.loop import fit
+    from tasks.train.starting_point import take_weights
+    from tasks.train.targets import target_keys
+
+    splits = load_splits(data.path)
+    keys = target_keys(network, settings.targets, settings.num_layers)
+    config = adapter_config(settings, len(network.layers), keys)
+    add_adapter(network, config, settings.seed)
+    if start:
+        take_weights(network, start)
+    trainable = count_parameters(adapter_weights(network))
+    fitted = without_frozen_layers(
+        network, {name: splits[name] for name in ("train", "valid")}, settings, base_identity(model)
+    )
+    training = fit(network, fitted["train"], fitted["valid"], settings, report, checkpoints, until_step)
+    return Fitted(training, config, trainable)
+
+
+def write_adapter(
+    draft: Path, fitted: Fitted, model: ModelFolder, data: StepOutput, inputs: Mapping[str, Any]
+) -> None:
+    """Write the output of a training that has ended into an empty folder."""
+    from tasks.train.adapters import save_adapter
+    from tasks.train.health import advice
+
+    told = advice(fitted.training.history)
+    for sentence in told:
+        log.warning("%s", sentence)
+    save_adapter(draft, fitted.training.best_weights, dict(fitted.config))
+    write_use(draft, model, data)
+    figures = {**fitted.training.summary(), "trainable_parameters": fitted.trainable_parameters}
+    write_json(draft / TRAINING_FILE, {**figures, "advice": told, "inputs": inputs})
+
+
 def _train(
     draft: Path,
     settings: TrainSettings,
@@ -116,46 +186,15 @@ def _train(
     start: Path | None,
 ) -> None:
     from tasks.models.load import load_model
-    from tasks.prepare.splits import load_splits
-    from tasks.train.adapters import (
-        adapter_config,
-        adapter_weights,
-        add_adapter,
-        count_parameters,
-        save_adapter,
-    )
     from tasks.train.checkpoints import Checkpoints, checkpoints_folder
-    from tasks.train.frozen_prefix import base_identity, without_frozen_layers
-    from tasks.train.health import advice
-    from tasks.train.loop import fit
     from tasks.train.quantised_base import check_base
-    from tasks.train.starting_point import take_weights
-    from tasks.train.targets import target_keys
 
-    splits = load_splits(data.path)
     check_base(settings.method, model.config())
     network = load_model(model.path).model
-    keys = target_keys(network, settings.targets, settings.num_layers)
-    config = adapter_config(settings, len(network.layers), keys)
-    add_adapter(network, config, settings.seed)
-    if start:
-        take_weights(network, start)
-    trainable = count_parameters(adapter_weights(network))
-    run.set_tags({"tunesmith.trainable_parameters": trainable})
-    fitted = without_frozen_layers(
-        network, {name: splits[name] for name in ("train", "valid")}, settings, base_identity(model)
-    )
     checkpoints = Checkpoints(checkpoints_folder(output_folder("train", inputs).name), settings)
-    training = fit(network, fitted["train"], fitted["valid"], settings, run.report, checkpoints)
-    told = advice(training.history)
-    for sentence in told:
-        log.warning("%s", sentence)
-    save_adapter(draft, training.best_weights, config)
-    write_use(draft, model, data)
-    write_json(
-        draft / TRAINING_FILE,
-        {**training.summary(), "trainable_parameters": trainable, "advice": told, "inputs": inputs},
-    )
+    fitted = fit_adapter(network, settings, model, data, checkpoints, run.report, start)
+    run.set_tags({"tunesmith.trainable_parameters": fitted.trainable_parameters})
+    write_adapter(draft, fitted, model, data, inputs)
 
 
 def _device() -> str:
