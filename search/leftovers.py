@@ -1,4 +1,4 @@
-"""Optuna trials that a killed process has left RUNNING: told as failed, or the sampler avoids their region."""
+"""Optuna trials left RUNNING by a killed process: told as failed, or the sampler avoids their region."""
 
 from __future__ import annotations
 
