@@ -2,7 +2,8 @@
 
     python benchmarks/whole_run.py --quick            # 100 rows: start-up weighs most, 4 minutes
     python benchmarks/whole_run.py --share 0.1        # the first tenth of the three epochs
-    python benchmarks/whole_run.py                    # three epochs; an hour on two cores
+    python benchmarks/whole_run.py --rows 500         # three epochs of so many rows; 20 minutes on two cores
+    python benchmarks/whole_run.py                    # three epochs of all; an hour
 
 Both start from the same model folder, in processes of their own, and do: LoRA of the same rank, scale and
 learning rate on the last 8 layers, the same number of updates of 4 rows with prompts masked, the whole
@@ -43,6 +44,7 @@ import tasks  # noqa: F401  (sets the process up before MLX is imported)
 CHECKOUT = Path(__file__).parent.parent
 EPOCHS, BATCH_SIZE, LAYERS, RANK, SCALE, RATE = 3, 4, 8, 8, 4.0, 2e-4
 OVERHEAD_STEPS = 500
+QUICK_ROWS = 100
 STEPS = ("models", "prepare", "train", "evaluate", "report")
 
 
@@ -51,11 +53,14 @@ def main() -> None:
     started = time.perf_counter()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="100 rows of the data")
+    parser.add_argument("--rows", type=int, help="of the data; all by default")
     parser.add_argument("--share", type=float, default=1.0, help="of the three epochs")
     parser.add_argument("--minutes", type=float, help="give up on a command that takes longer")
     parser.add_argument("--model", help="a model folder, in place of the bundled model")
     parser.add_argument("--child", type=Path, metavar="CONFIG", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.rows = QUICK_ROWS
     if chosen.child:
         print(json.dumps(overhead(chosen.child, started)))
         return
@@ -164,7 +169,7 @@ def _measure(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     epoch = math.ceil(rows / BATCH_SIZE)
     steps = max(1, round(EPOCHS * epoch * chosen.share))
     config = folder / "finetune.yaml"
-    settings = _our_settings(model, chosen.quick, steps, epoch)
+    settings = _our_settings(model, chosen.rows, steps, epoch)
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     theirs = folder / "lora.yaml"
     theirs.write_text(yaml.safe_dump(_their_settings(model, data, folder, steps, epoch)), encoding="utf-8")
@@ -192,7 +197,7 @@ def _prepared(home: Path, chosen: argparse.Namespace) -> tuple[Path, Path, int]:
     before = os.environ.get("TUNESMITH_HOME")
     os.environ["TUNESMITH_HOME"] = str(home)
     try:
-        data = prepare_data(DataSettings(**_data(chosen.quick)), model)
+        data = prepare_data(DataSettings(**_data(chosen.rows)), model)
     finally:
         os.environ.pop("TUNESMITH_HOME")
         if before is not None:
@@ -200,15 +205,15 @@ def _prepared(home: Path, chosen: argparse.Namespace) -> tuple[Path, Path, int]:
     return model.path, data.path, len(load_splits(data.path)["train"])
 
 
-def _data(quick: bool) -> dict[str, Any]:
-    return {"source": "stdlib", **({"max_rows": 100} if quick else {})}
+def _data(rows: int | None) -> dict[str, Any]:
+    return {"source": "stdlib", "max_rows": rows}
 
 
-def _our_settings(model: Path, quick: bool, steps: int, epoch: int) -> dict[str, Any]:
+def _our_settings(model: Path, rows: int | None, steps: int, epoch: int) -> dict[str, Any]:
     return {
         "name": "whole-run",
         "model": {"source": str(model)},
-        "data": _data(quick),
+        "data": _data(rows),
         "train": {
             "num_layers": _layers(model),
             "rank": RANK,
