@@ -41,7 +41,9 @@ class TrialRuns:
             trial = self._study.trials.get(number)
             if trial and not trial.run_id:
                 self._study.link(number, nested.id)
-            if nested.status == "RUNNING":
+            # `tunesmith clean`, which looks at every start too, may have closed it as killed.
+            ended = trial is not None and trial.state != "waiting"
+            if nested.status == "RUNNING" or (nested.status == "KILLED" and ended):
                 self._end(nested, trial)
 
     def open(self, number: int, settings: TrainSettings) -> None:

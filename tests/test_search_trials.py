@@ -17,6 +17,7 @@ from small_search import InProcess, ending, price, run_search, small_settings
 
 from search import trials as trials_module
 from search.children import Children, Death
+from search.leftovers import PROCESS
 from search.study import Study, create_study, held, open_study, read_study
 from search.worker import Train
 from tasks.config import TrackingSettings
@@ -160,7 +161,7 @@ def test_optuna_shows_what_became_of_each_trial_to_people(in_its_home: Study) ->
         assert shown["outcome"] in ("trained", "pruned")
         assert shown["predicted_gb"] >= 1
         assert shown["mlflow.run_id"]
-        assert str(os.getpid()) in shown["process"]
+        assert str(os.getpid()) in shown[PROCESS]
         assert trial.intermediate_values
 
 
