@@ -15,7 +15,6 @@ from tasks.run_records import RunRecord
 FIGURES = {
     "best_val_loss": ("val loss", "{:.4f}"),
     "test_loss": ("test loss", "{:.4f}"),
-    "test/perplexity": ("perplexity", "{:.2f}"),
     "test/chrf": ("chrF", "{:.1f}"),
     "peak_memory": ("memory", "{:.2f} GB"),
 }
@@ -29,10 +28,11 @@ def print_runs(console: Console, records: Sequence[RunRecord]) -> None:
     shown = [name for name in FIGURES if any(name in record.figures for record in records)]
     best = {name: _best(name, records) for name in shown}
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
-    for heading in ("run", "id", "state"):
-        table.add_column(heading, overflow="fold" if heading == "run" else "ellipsis")
+    table.add_column("run", overflow="fold")
+    for heading in ("id", "state"):
+        table.add_column(heading, no_wrap=True)
     for heading in (*(FIGURES[name][0] for name in shown), "time", "age"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for record in records:
         cells = [_figure(record, name, best[name]) for name in shown]
         state = (

@@ -79,8 +79,8 @@ def print_outcome(console: Console, outcome: Outcome, seconds: float) -> None:
     if reused := finished.reused():
         console.print(f"[green]reused, because nothing they depend on has changed: {', '.join(reused)}")
     for step in finished.steps():
-        if step.why:
-            console.print(Text(f"made: {step.name}, because of {step.why}", style="dim"), soft_wrap=True)
+        if step.changed:
+            console.print(Text(f"made again: {step.name} ({step.why})", style="dim"), soft_wrap=True)
     _print_samples(console, base.get("answers", []), tuned.get("answers", []))
     _print_places(console, outcome)
 

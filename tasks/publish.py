@@ -17,12 +17,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tasks.changes import why_anew
+from tasks.changes import FIRST, why_anew
 from tasks.home import runs_dir
 
 log = logging.getLogger(__name__)
 
 INPUTS_FILE = "inputs.json"
+
+WHOLE = "all"
+"""The `part` of a step's inputs that is all of it, where it is made of parts."""
 
 FORCED = "--force"
 """Why a step was run whose inputs had not changed."""
@@ -63,7 +66,8 @@ def run_step(step: str, inputs: Mapping[str, Any], make: Callable[[Path], object
         log.info("%s: inputs unchanged, reusing %s", step, target)
         return StepOutput(target, target.name, True, time.perf_counter() - started)
     why = FORCED if there else why_anew(step, known, list(target.parent.glob(f"*/{INPUTS_FILE}")))
-    log.info("%s: to be made (%s)", step, why)
+    if why != FIRST and known.get("part", WHOLE) == WHOLE:
+        log.info("%s: to be made again: %s", step, why)
     with publishing(target, replace=forced) as draft:
         make(draft)
         write_json(draft / INPUTS_FILE, known)

@@ -12,6 +12,7 @@ import pytest
 from flows.cli import run as command
 from flows.report import facts_of_run, report_runs
 from tasks.config import Settings, TrackingSettings
+from tasks.prepare.rows import FAULTS
 from tasks.publish import write_json
 from tasks.report.page import as_html, as_markdown, blocks, cell, loss_curve, size, summary, validation_curves
 from tasks.report.progression import MOST_LINES, progression
@@ -152,9 +153,10 @@ def test_of_many_validations_the_first_the_best_and_the_last_stay() -> None:
     assert 137 in steps
 
 
+BAD = next(iter(FAULTS))
 GOOD_DATA = {
     "rows_read": 4000,
-    "rejected": 3,
+    "reasons": {"too_long": {"rows": 3000}},
     "guidance": {"advice": None},
     "splits": {"valid": {"rows": 400}},
 }
@@ -177,7 +179,7 @@ def test_a_run_that_leaves_nothing_to_wish_for_is_told_nothing() -> None:
         ({"progression": FALLING, "settings": {}}, {}, "raise train.epochs"),
         ({"evaluation": {"lines": [line("cut_off", None, tuned="25%")]}}, {}, "25% of the answers"),
         ({}, {"guidance": {"advice": "40 training rows, less than the 50"}}, "40 training rows, less"),
-        ({}, {"rejected": 900}, "900 of 4,000 rows were not used"),
+        ({}, {"reasons": {BAD: {"rows": 900}}}, "900 of 4,000 rows are bad"),
         ({}, {"splits": {"valid": {"rows": 4}}}, "Only 4 validation rows"),
         ({"training": LONG}, {}, "Peak memory was 2.0 of 16 GB"),
         ({"training": {"advice": ["Plateau: …"]}}, {}, "Plateau"),

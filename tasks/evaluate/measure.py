@@ -21,7 +21,7 @@ from tasks.models.fingerprints import file_digest
 from tasks.models.folder import ModelFolder
 from tasks.prepare.chats import load_rows, load_template
 from tasks.prepare.splits import TokenRows, load_splits
-from tasks.publish import StepOutput, code_version, fingerprint, run_step, write_json
+from tasks.publish import WHOLE, StepOutput, code_version, fingerprint, run_step, write_json
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -91,7 +91,7 @@ def measure(
         "code": {step: code_version(step) for step in ("train", "models")},
     }
     inputs = {
-        "part": "all",
+        "part": WHOLE,
         **subject,
         "settings": settings.model_dump(mode="json", exclude={"metrics", "judge"}),
         "metrics": [

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tasks.changes import FIRST
 from tasks.config import Settings
 from tasks.evaluate.side_by_side import Evaluation
 from tasks.models.folder import ModelFolder
 from tasks.publish import StepOutput
 from tasks.register.registry import Registration
 from tasks.tracking import Run
+
+NEW_VERSION = "a new version"
+"""Why a model was registered."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,11 @@ class StepDone:
     reused: bool
     seconds: float
     why: str
+
+    @property
+    def changed(self) -> bool:
+        """Whether it was made because something has changed, and not for the first time."""
+        return not self.reused and self.why not in (FIRST, NEW_VERSION)
 
 
 @dataclass(frozen=True)
@@ -54,5 +63,5 @@ class Finished:
             outputs["fuse"] = self.fused
         done = [StepDone(name, made.reused, made.seconds, made.why) for name, made in outputs.items()]
         if told := self.registration:
-            done.append(StepDone("register", told.reused, 0.0, "" if told.reused else "a new version"))
+            done.append(StepDone("register", told.reused, 0.0, "" if told.reused else NEW_VERSION))
         return done

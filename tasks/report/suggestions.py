@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tasks.prepare.rows import FAULTS
+
 STILL_FALLING = 0.01
 """Of the validation loss, since the validation before: more training would have gone on."""
 
 MANY_CUT = 0.1
-MANY_REJECTED = 0.05
+MANY_BAD = 0.05
 FEW_VALIDATION_ROWS = 20
 MUCH_ROOM = 0.4
 """Of the machine's memory: with less in use, larger settings would fit."""
@@ -92,9 +94,10 @@ def _data(data: Mapping[str, Any]) -> list[str]:
     found = []
     if advice := data.get("guidance", {}).get("advice"):
         found.append(f"{advice[0].upper()}{advice[1:].rstrip('.')}.")
-    read, rejected = data.get("rows_read", 0), data.get("rejected", 0)
-    if read and rejected / read > MANY_REJECTED:
-        found.append(f"{rejected:,} of {read:,} rows were not used: rejected.jsonl beside the data says why.")
+    reasons = data.get("reasons", {})
+    read, bad = data.get("rows_read", 0), sum(reasons[kind]["rows"] for kind in FAULTS if kind in reasons)
+    if read and bad / read > MANY_BAD:
+        found.append(f"{bad:,} of {read:,} rows are bad: rejected.jsonl beside the data says where and why.")
     rows = data.get("splits", {}).get("valid", {}).get("rows")
     if rows is not None and rows < FEW_VALIDATION_ROWS:
         found.append(f"Only {rows} validation rows choose the best step: raise data.valid_share.")
