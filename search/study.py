@@ -178,11 +178,11 @@ class Study:
 
     def update(self, number: int, **changes: Any) -> Trial:
         """Change what is known of a trial; one that is no longer `waiting` is told to Optuna."""
-        trial = self.trials[number]
-        trial = replace(trial, standing=replace(trial.standing, **changes))
+        before = self.trials[number]
+        trial = replace(before, standing=replace(before.standing, **changes))
         handle = self._handle(number)
         handle.set_user_attr(STANDING, _plain(trial.standing))
-        for name, value in _readable(trial.standing).items():
+        for name, value in _readable(trial.standing).items() - _readable(before.standing).items():
             handle.set_user_attr(name, value)
         self.trials[number] = trial
         if len(self.stored.directions) == 1:
