@@ -1,7 +1,7 @@
 """Wall clock of one `tunesmith search` beside that of its trials as `mlx_lm.lora` runs, one after another.
 
     python benchmarks/search.py --quick              # 6 trials of 100 rows, one epoch
-    python benchmarks/search.py --folder DIR         # 27 trials, three epochs; goes on where it was stopped
+    python benchmarks/search.py --folder DIR         # 27 trials, 3 epochs: hours; goes on where it stopped
 
 Both search the bundled model and the standard library's docstrings: LoRA of ranks 8 to 64 with alpha 32 on
 the last 2, 4, 8 or 16 layers, learning rates from 3e-5 to 1e-3, batches of 4 with prompts masked, validation

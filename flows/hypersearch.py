@@ -25,7 +25,7 @@ from search.findings import findings, leaderboard
 from search.plots import draw_study
 from search.proposals import check_sampler
 from search.space import check_space
-from search.study import Study, Trial, create_study, held, open_study
+from search.study import Study, Trial, create_study, held, open_study, read_study
 from search.trial_runs import TrialRuns
 from search.trials import Search
 from tasks.config import Settings, TrackingSettings, TrainSettings, load_settings
@@ -69,7 +69,7 @@ def hypersearch(settings: Settings, resumed: str | None = None) -> SearchOutcome
     """
     log_our_steps()
     check_sampler(settings.search.sampler)
-    study = open_study(resumed) if resumed else _new_study(settings)
+    study = read_study(resumed) if resumed else _new_study(settings)
     with held(study.name):
         study = open_study(study.name)  # as it is now that nobody else writes to it
         _end_dead_flow_runs(study)
@@ -79,8 +79,9 @@ def hypersearch(settings: Settings, resumed: str | None = None) -> SearchOutcome
             with mlflow_run(settings, study.name, tags, resumed=parent_id) as parent:
                 study.remember(**{"mlflow.run_id": parent.id})
                 return _search(study, settings, parent)
-        except KeyboardInterrupt:
-            log.warning("'tunesmith search --resume %s' goes on from here", study.name)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C, exit, Prefect's termination signal
+                log.warning("'tunesmith search --resume %s' goes on from here", study.name)
             raise
 
 
@@ -90,7 +91,7 @@ def resumable_settings(study: str) -> Settings:
     Raises:
         InputError: there is no such study, or it has come to its end.
     """
-    attributes = open_study(study).attributes
+    attributes = read_study(study).attributes
     if "settings" not in attributes:
         raise InputError(f"study '{study}' is none of a search; 'tunesmith study' shows those that are")
     if attributes.get("finished"):
@@ -148,7 +149,8 @@ def log_study(study: Study, run: Run) -> None:
 
 
 def _new_study(settings: Settings) -> Study:
-    study = create_study(f"{settings.name or 'search'}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = f"{settings.name or 'search'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    study = create_study(name, settings.search.objectives)
     study.remember(settings=settings_as_yaml(settings), finished=False)
     return study
 

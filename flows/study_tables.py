@@ -63,6 +63,8 @@ def study_as_json(study: Study) -> dict[str, Any]:
         "mlflow_run": study.attributes.get("mlflow.run_id"),
         "best_run": study.attributes.get("best_run"),
         "importance": dict(found.importance),
+        "objectives": study.objectives,
+        "front": study.front(),
         "learnt": list(found.sentences),
         "trials": [_plain(trial) for trial in ranked(study)],
     }

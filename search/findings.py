@@ -54,7 +54,7 @@ def findings(study: Study) -> Findings:
     """Importance and sentences of a study, finished or not."""
     importance = parameter_importance(study)
     sentences = [*_decided(importance), *_brought_nothing(study, importance), *_at_the_edge(study)]
-    return Findings(importance, [*sentences, *_did_not_fit(study), *_saved(study)])
+    return Findings(importance, [*sentences, *_front(study), *_did_not_fit(study), *_saved(study)])
 
 
 def leaderboard(study: Study) -> dict[str, list[Any]]:
@@ -173,6 +173,16 @@ def _at_the_edge(study: Study) -> list[str]:
     if not end:
         return []
     return [f"The best learning rate is at the {end} end of its range: a wider one may hold a better."]
+
+
+def _front(study: Study) -> list[str]:
+    """Of several objectives: which trials are worth a choice between them."""
+    if len(study.objectives) == 1 or not (numbers := study.front()):
+        return []
+    named = ", ".join(map(str, numbers))
+    return [
+        f"No trial is better in {', '.join(study.objectives[:-1])} and {study.objectives[-1]} than {named}."
+    ]
 
 
 def _did_not_fit(study: Study) -> list[str]:

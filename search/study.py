@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -108,16 +109,38 @@ class Trial:
 
 
 class Study:
-    """A study in Optuna's storage and the trials it holds; of one process at a time, see `held`."""
+    """A study in Optuna's storage and the trials it holds; written by one process at a time, see `held`."""
 
     def __init__(self, stored: optuna.Study) -> None:
         self.stored = stored
-        self.trials: dict[int, Trial] = {}
-        for frozen in stored.get_trials(deepcopy=False):
-            if STANDING in frozen.user_attrs:
-                self.trials[frozen.number] = _read(frozen)
-                if frozen.state == TrialState.RUNNING and self.trials[frozen.number].state != "waiting":
-                    self._tell(self.trials[frozen.number])  # killed between the two
+        self.trials = {
+            frozen.number: _read(frozen)
+            for frozen in stored.get_trials(deepcopy=False)
+            if STANDING in frozen.user_attrs
+        }
+
+    def put_right(self) -> None:
+        """Tell Optuna what became of trials, where a kill came between writing that down and telling."""
+        for frozen in self.stored.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            trial = self.trials.get(frozen.number)
+            if trial and trial.state != "waiting":
+                self._tell(trial)
+
+    @property
+    def objectives(self) -> list[str]:
+        """The names of what is to be low."""
+        return list(self.stored.metric_names or ["loss"])
+
+    def front(self) -> list[int]:
+        """Numbers of the trained trials that no other is better than in all objectives."""
+        trained = {
+            n: objective_values(t, self.objectives) for n, t in self.trials.items() if t.state == "trained"
+        }
+        return [
+            number
+            for number, ours in trained.items()
+            if not any(_dominates(theirs, ours) for theirs in trained.values())
+        ]
 
     @property
     def name(self) -> str:
@@ -153,11 +176,11 @@ class Study:
 
     def update(self, number: int, **changes: Any) -> Trial:
         """Change what is known of a trial; one that is no longer `waiting` is told to Optuna."""
-        trial = self.trials[number]
-        trial = replace(trial, standing=replace(trial.standing, **changes))
+        before = self.trials[number]
+        trial = replace(before, standing=replace(before.standing, **changes))
         handle = self._handle(number)
         handle.set_user_attr(STANDING, _plain(trial.standing))
-        for name, value in _readable(trial.standing).items():
+        for name, value in _readable(trial.standing).items() - _readable(before.standing).items():
             handle.set_user_attr(name, value)
         self.trials[number] = trial
         if len(self.stored.directions) == 1:
@@ -190,17 +213,22 @@ class Study:
             handle = self._handle(trial.number)
             if "process" not in handle.constraints:
                 handle.set_constraint("process", 1.0)
-        values = objective_values(trial, len(self.stored.directions)) if trial.state == "trained" else None
+        values = objective_values(trial, self.objectives) if trial.state == "trained" else None
         self.stored.tell(trial.number, values, state=TOLD[trial.state])
 
 
-def objective_values(trial: Trial, objectives: int) -> tuple[float, ...]:
-    """Validation loss, peak memory (GB) and training time (s), as many of them as are asked for."""
+def objective_values(trial: Trial, objectives: Sequence[str]) -> tuple[float, ...]:
+    """What is to be low: validation loss, peak memory (GB), training time (s) of a trained trial."""
     standing = trial.standing
-    return (trial.val_loss, standing.measured_bytes / GIGABYTE, standing.seconds)[:objectives]
+    values = {
+        "loss": trial.val_loss,
+        "memory": standing.measured_bytes / GIGABYTE,
+        "time": standing.seconds,
+    }
+    return tuple(values[name] for name in objectives)
 
 
-def create_study(name: str, objectives: int = 1) -> Study:
+def create_study(name: str, objectives: Sequence[str] = ("loss",)) -> Study:
     """A new study; of a name that is there already, with a number after it."""
     with _set_up() as storage:
         taken = set(optuna.study.get_all_study_names(storage))
@@ -212,14 +240,17 @@ def create_study(name: str, objectives: int = 1) -> Study:
         stored = optuna.create_study(
             study_name=chosen,
             storage=storage,
-            directions=["minimize"] * objectives,
+            directions=["minimize"] * len(objectives),
             pruner=optuna.pruners.NopPruner(),
         )
+        with warnings.catch_warnings():  # optuna 5.0 calls it experimental; optuna-dashboard shows the names
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            stored.set_metric_names(list(objectives))
     return Study(stored)
 
 
-def open_study(name: str) -> Study:
-    """The study of this name, for the process that holds it.
+def read_study(name: str) -> Study:
+    """The study of this name, as it stands; nothing is written.
 
     Raises:
         InputError: there is none, with the names there are.
@@ -227,16 +258,10 @@ def open_study(name: str) -> Study:
     return Study(_load(name))
 
 
-def read_study(name: str) -> Study:
-    """The study of this name, to look at; nothing is written."""
-    stored = _load(name)
-    study = Study.__new__(Study)
-    study.stored = stored
-    study.trials = {
-        frozen.number: _read(frozen)
-        for frozen in stored.get_trials(deepcopy=False)
-        if STANDING in frozen.user_attrs
-    }
+def open_study(name: str) -> Study:
+    """The study of this name, for the process that holds it: what a killed one has left is put right."""
+    study = read_study(name)
+    study.put_right()
     return study
 
 
@@ -308,6 +333,10 @@ def _set_up() -> Iterator[optuna.storages.RDBStorage]:
     runs_dir().mkdir(parents=True, exist_ok=True)
     with FileLock(runs_dir() / ".optuna.lock"):
         yield optuna.storages.RDBStorage(storage_url(), engine_kwargs={"connect_args": {"timeout": 60}})
+
+
+def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
 def _plain(standing: Standing) -> str:

@@ -297,7 +297,9 @@ class Search:
         trials = [self.study.trials[number] for number in sorted(self.study.trials)]
         level = self._level([trial for trial in trials if trial.number not in hidden])
         known = [self._known(trial, level, trial.number in hidden) for trial in trials]
-        return propose(self._distributions, known, self._space.seed, self._space.sampler, self._objectives())
+        return propose(
+            self._distributions, known, self._space.seed, self._space.sampler, len(self.study.objectives)
+        )
 
     def _level(self, trials: list[Trial]) -> int:
         """The farthest rung that enough trials have reached to compare them there."""
@@ -315,11 +317,8 @@ class Search:
             return Known(trial.params, violation=1.0)
         if len(trial.losses) <= level:
             return Known(trial.params, (trial.losses[-1],), stopped_at=len(trial.losses))
-        others = objective_values(trial, self._objectives())[1:]
+        others = objective_values(trial, self.study.objectives)[1:]
         return Known(trial.params, (trial.losses[level], *others))
-
-    def _objectives(self) -> int:
-        return len(self.study.stored.directions)
 
     def _time_is_up(self) -> bool:
         """Whether the rest of the time is needed by the trials that will go on."""

@@ -419,6 +419,9 @@ class SearchSettings(Section):
     targets: Some[str] | None = Field(
         None, description="in place of train.targets; of each the names with a comma between: q_proj,v_proj"
     )
+    objectives: Some[Literal["loss", "memory", "time"]] = Field(
+        ("loss",), description="lowest wanted; of several a Pareto front is found, of trials without rungs"
+    )
     sampler: Literal["tpe", "gp"] = Field("tpe", description="gp needs PyTorch")
     rungs: Literal["halving", "median", "none"] = Field(
         "halving",
@@ -437,6 +440,14 @@ class SearchSettings(Section):
     def _nothing_without_effect(self) -> SearchSettings:
         if self.alpha is not None and self.scale is not None:
             raise ValueError("scale is used in place of alpha; search one of them")
+        if self.objectives[0] != "loss":
+            raise ValueError(
+                f"objectives begin with loss, which the best trial is chosen by; got {self.objectives[0]}"
+            )
+        if len(self.objectives) > 1 and self.rungs != "none":
+            raise ValueError(
+                f"rungs {self.rungs} stops trials by their loss alone; set rungs=none for several objectives"
+            )
         return self
 
 

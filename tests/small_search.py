@@ -115,7 +115,7 @@ def run_search(
 ) -> Study:
     """Begin the search of this home, or go on with it; the study at its end."""
     names = study_names()
-    study = open_study(names[0]) if names else create_study(NAME)
+    study = open_study(names[0]) if names else create_study(NAME, settings.search.objectives)
     with held(study.name):
         study = open_study(study.name)
         tags = {"optuna.study": study.name}

@@ -85,6 +85,8 @@ def test_shares_of_a_shallow_model_that_are_the_same_number_stand_once() -> None
         ("search.dropout={low: 0, high: 0.5, log: true}", "above 0 on a log scale"),
         ("search.num_layers=[L/x]", "a share of the model's L layers: L/8"),
         ("search.num_layers=[0]", "-1 for all"),
+        ("search.objectives=[memory]", "objectives begin with loss"),
+        ("search.objectives=[loss, time]", "set rungs=none"),
         ("search.time=tonight", "search.time = 'tonight'"),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from small_search import InProcess, ending, price, run_search, small_settings
 
 from search import trials as trials_module
 from search.children import Children, Death
+from search.findings import findings
 from search.leftovers import PROCESS
-from search.study import Study, create_study, held, open_study, read_study
+from search.study import Standing, Study, create_study, held, open_study, read_study
 from search.worker import Train
 from tasks.config import TrackingSettings
 from tasks.errors import InputError
@@ -361,6 +364,36 @@ def test_the_median_rule_stops_a_trial_in_a_real_search(tiny_model: ModelFolder,
     assert stopped
     assert all("over the median" in trial.standing.reason for trial in stopped)
     assert min(trial.number for trial in stopped) >= 5
+
+
+@pytest.mark.usefixtures("in_process")
+def test_of_several_objectives_a_front_is_found_within_the_budget(
+    tiny_model: ModelFolder, data: StepOutput
+) -> None:
+    wanted: dict[str, Any] = {"objectives": ["loss", "memory"], "rungs": "none", "trials": 10}
+    settings = small_settings(**wanted, num_layers=[1, 2, 4], rank=[2, 64], train={"epochs": 1})
+    study = run_search(settings, tiny_model, data, budget_bytes=2 * GIGABYTE)
+    trained = [trial for trial in study.trials.values() if trial.state == "trained"]
+    assert len(trained) == 10
+    assert {trial.number for trial in study.stored.best_trials} == set(study.front())
+    smallest = min(trained, key=lambda trial: (trial.standing.measured_bytes, trial.val_loss))
+    best = study.best()
+    assert best is not None
+    assert {best.number, smallest.number} <= set(study.front())
+    assert any("loss and memory" in sentence for sentence in findings(study).sentences)
+    for trial in study.stored.get_trials(states=(TrialState.COMPLETE,)):
+        assert trial.values[1] == study.trials[trial.number].standing.measured_bytes / GIGABYTE
+
+
+def test_what_became_of_a_trial_is_told_again_when_the_kill_came_before_it(in_its_home: Study) -> None:
+    study = create_study("between")
+    trial = study.add({}, {}, Standing("waiting", 1, (3,), 0), 10)
+    handle = study.stored.get_trials()[0]
+    done = Standing("trained", 1, (3,), 0, ((3, 1.5),), "epochs", 1.0, 1, "somewhere")
+    study.stored._storage.set_trial_user_attr(handle._trial_id, "standing", json.dumps(asdict(done)))
+    assert read_study("between").stored.get_trials()[0].state == TrialState.RUNNING
+    assert open_study("between").trials[trial.number].state == "trained"
+    assert open_study("between").stored.best_trial.value == 1.5
 
 
 def test_a_study_is_held_by_one_process_at_a_time() -> None:
