@@ -7,18 +7,15 @@ its largest phase.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from tasks.config import TrainSettings
-from tasks.models.device import on_gpu, own_memory_bytes
+from tasks.models.device import own_memory_bytes
 from tasks.models.folder import ModelFolder
 from tasks.prepare.splits import load_splits
 from tasks.publish import StepOutput
@@ -28,7 +25,7 @@ from tasks.train.memory.backends import pace
 from tasks.train.memory.calibration import Calibration, calibration
 from tasks.train.memory.fusion import fused
 from tasks.train.memory.graph import Graph, Value
-from tasks.train.memory.replay import Moment, highest
+from tasks.train.memory.replay import Pace, highest
 from tasks.train.memory.row_sizes import RowSizes
 from tasks.train.memory.skeleton import skeleton, with_adapter
 from tasks.train.memory.traced_step import (
@@ -50,7 +47,7 @@ from tasks.train.memory.traced_step import (
 from tasks.train.prefix_cache import BATCH_TOKENS, GPU_SHARE
 from tasks.train.quantised_base import check_base
 from tasks.train.soft_prompt import KIND as SOFT_PROMPT
-from tasks.train.substitution import UnfitError, replace_prefix
+from tasks.train.substitution import replace_prefix
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "cache", "slack")
 
@@ -165,11 +162,45 @@ def estimate_from_config(
         prefixed: when left out, what `train.frozen_prefix` decides for runs of whole epochs.
         calibrated: this machine's when left out.
     """
-    check_base(settings.method, config)
-    run = _Run(settings, config, train, valid or train, prefixed or _usual(settings))
     calibrated = calibrated or calibration()
-    phases = {name: calibrated.applied(made()) for name, made in run.phases().items()}
-    return MemoryEstimate(phases)
+    work = phases(settings, config, train, valid, prefixed)
+    return MemoryEstimate({each.name: calibrated.applied(each.replayed(pace())) for each in work})
+
+
+def phases(
+    settings: TrainSettings,
+    config: Mapping[str, Any],
+    train: RowSizes,
+    valid: RowSizes | None = None,
+    prefixed: Prefixed | None = None,
+) -> list[Phase]:
+    """What is done in a training, in order; arguments as in `estimate_from_config`."""
+    check_base(settings.method, config)
+    return _Run(settings, config, train, valid or train, prefixed or _usual(settings)).phases()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One kind of work of a run, traced.
+
+    Attributes:
+        graph: fused.
+        name_of: of its arrays, the name of a part.
+        standing: what is held throughout beside the graph's own arrays.
+    """
+
+    name: str
+    graph: Graph
+    name_of: Callable[[Value], str]
+    standing: Breakdown
+
+    def replayed(self, ahead: Pace) -> Breakdown:
+        """Its highest moment when MLX runs `ahead` so far."""
+        prefixes = (f"{WEIGHT}.", f"{BATCH}.", f"{GRADIENT}.")
+        kept = [name for name in self.graph.inputs if name.startswith(prefixes)]
+        held = highest(self.graph, ahead, self.name_of, kept).held
+        standing = self.standing.parts()
+        return Breakdown(**{part: held.get(part, 0) + standing[part] for part in PARTS})
 
 
 def _usual(settings: TrainSettings) -> Prefixed:
@@ -192,98 +223,98 @@ class _Run:
         self.settings, self.config = settings, config
         in_front = settings.prompt_tokens if settings.method == SOFT_PROMPT else 0
         self.train, self.valid = train.longer(in_front), valid.longer(in_front)
-        self.base = skeleton(config)
-        self.depth = frozen_depth(settings, len(self.base.layers))
+        whole = self._network(freed=False)
+        self.depth = frozen_depth(settings, len(whole.layers))
         self.prefixed = prefixed if self.depth else Prefixed(False, False)
+        vector = embedded(whole)
+        self.width, self.dtype = vector.shape[-1], vector.dtype
         self.vocabulary = _vocabulary(config)
+        self.optimizer = optimizer_bytes(whole, settings)
+        self.trained = sum(array.nbytes for array in adapter_weights(whole).values())
 
-    def phases(self) -> dict[str, Callable[[], Breakdown]]:
-        """What is done in a training, by name, in order."""
-        phases: dict[str, Callable[[], Breakdown]] = {}
+    def phases(self) -> list[Phase]:
+        """All of them, in order."""
+        found = []
         if self.prefixed.train or self.prefixed.valid:
-            phases["building the frozen prefix"] = self._building
-        phases["first look"] = self._first_look
-        phases["validation"] = self._validation
-        phases["training"] = self._training
-        return phases
+            found.append(self._building())
+        found += [self._first_look(), self._validation()]
+        return found + (self._training() if self.settings.accumulation_steps == 1 else self._accumulating())
 
-    def _building(self) -> Breakdown:
+    def _building(self) -> Phase:
         longest = int(max(self.train.lengths.max(), self.valid.lengths.max()))
         rows = max(1, min(BATCH_TOKENS // longest, len(self.train.lengths)))
-        network = self._network(frozen=False)
-        network.eval()
+        network = self._network(freed=False)
         graph = forward_graph(network, rows, longest, self.depth)
-        held = self._replayed(graph, network)
         # While a batch is written to the disk, the next one is computed.
-        return replace(held, cache=held.cache + 2 * graph.outputs[0].nbytes)
+        return self._phase(
+            "building the frozen prefix", graph, network, Breakdown(cache=2 * graph.outputs[0].nbytes)
+        )
 
-    def _first_look(self) -> Breakdown:
-        network = self._network(frozen=False)
-        network.eval()
-        if self.depth and (self.prefixed.train or self.prefixed.valid):
-            length = int(max(self.train.lengths[:LOOKED_AT].max(), self.valid.lengths[:LOOKED_AT].max()))
+    def _first_look(self) -> Phase:
+        if self.prefixed.train or self.prefixed.valid:
+            longest = int(max(rows.lengths[:LOOKED_AT].max() for rows in (self.train, self.valid)))
         else:
-            length = int(self.valid.lengths.max())  # validation begins with the longest rows
+            longest = int(self.valid.lengths.max())  # validation begins with the longest rows
         rows = min(LOOKED_AT, len(self.valid.lengths))
-        length = RowSizes.alike(length, 1).largest_batch(1)[1]
-        return self._replayed(first_look_graph(network, rows, length), network)
+        length = RowSizes.alike(longest, 1).largest_batch(1)[1]
+        network = self._network(freed=False)
+        return self._phase("first look", first_look_graph(network, rows, length), network, Breakdown())
 
-    def _validation(self) -> Breakdown:
-        network = self._network(frozen=self._freed())
-        network.eval()
-        shape = self._shape(self.valid, self.prefixed.valid, network)
-        held = self._replayed(validation_graph(network, shape), network)
-        standing = optimizer_bytes(network, self.settings)
-        return replace(self._with_standing(held, network), optimizer=standing)
+    def _validation(self) -> Phase:
+        network = self._network(freed=True)
+        graph = validation_graph(network, self._shape(self.valid, self.prefixed.valid))
+        standing = replace(self._standing(), optimizer=self.optimizer)
+        return self._phase("validation", graph, network, standing)
 
-    def _training(self) -> Breakdown:
-        network = self._network(frozen=self._freed())
+    def _training(self) -> list[Phase]:
+        network = self._network(freed=True)
         network.train()
-        shape = self._shape(self.train, self.prefixed.train, network)
-        steps = self.settings.accumulation_steps
-        if steps == 1:
-            held = self._replayed(update_graph(network, self.settings, shape), network)
-        else:
-            gradient = self._replayed(gradient_graph(network, self.settings, shape), network)
-            gradient = replace(gradient, optimizer=optimizer_bytes(network, self.settings))
-            applied = self._replayed(apply_graph(network, self.settings), network)
-            weights = sum(each.nbytes for each in _frozen(network).values())
-            held = max(gradient, replace(applied, weights=weights), key=lambda each: each.bytes)
-        batch = sum(array.nbytes for array in shape.arrays(embedded(network).shape[-1]).values())
-        # The group's batches are all there, and those of the next one are made while it is computed.
-        return self._with_standing(replace(held, cache=held.cache + (2 * steps - 1) * batch), network)
+        graph = update_graph(network, self.settings, self._shape(self.train, self.prefixed.train))
+        return [self._phase("training", graph, network, self._with_batches(self._standing()))]
 
-    def _network(self, frozen: bool) -> nn.Module:
-        """With its adapter; `frozen`: the layers below it are replaced by what they gave."""
+    def _accumulating(self) -> list[Phase]:
+        network = self._network(freed=True)
+        network.train()
+        standing = self._with_batches(self._standing())
+        gradient = gradient_graph(network, self.settings, self._shape(self.train, self.prefixed.train))
+        trained = adapter_weights(network)
+        weights = sum(
+            array.nbytes for name, array in tree_flatten(network.parameters()) if name not in trained
+        )
+        return [
+            self._phase("training", gradient, network, replace(standing, optimizer=self.optimizer)),
+            self._phase(
+                "update", apply_graph(network, self.settings), network, replace(standing, weights=weights)
+            ),
+        ]
+
+    def _network(self, freed: bool) -> nn.Module:
+        """With its adapter, in evaluation mode; `freed`: without the layers that the run frees."""
         network = with_adapter(skeleton(self.config), self.settings)
-        if self.depth and (self.prefixed.train or self.prefixed.valid) and frozen:
+        if freed and (self.prefixed.train or self.prefixed.valid):
             replace_prefix(network, self.depth, keep=self.prefixed.train != self.prefixed.valid)
         return network
 
-    def _freed(self) -> bool:
-        return self.prefixed.train or self.prefixed.valid
+    def _shape(self, rows: RowSizes, prefixed: bool) -> BatchShape:
+        return BatchShape(*rows.largest_batch(self.settings.batch_size), self.dtype if prefixed else None)
 
-    def _shape(self, rows: RowSizes, prefixed: bool, network: nn.Module) -> BatchShape:
-        dtype = embedded(network).dtype if prefixed else None
-        return BatchShape(*rows.largest_batch(self.settings.batch_size), dtype)
+    def _standing(self) -> Breakdown:
+        """What stays from step to step: the best adapter so far, and hidden states kept on a GPU."""
+        settings = self.settings
+        validated = settings.max_steps is None or settings.max_steps > settings.steps_per_eval
+        split = ((self.train, self.prefixed.train), (self.valid, self.prefixed.valid))
+        sizes = [rows.tokens * self.width * self.dtype.size for rows, prefixed in split if prefixed]
+        on_gpu = sum(size for size in sizes if size <= GPU_SHARE * own_memory_bytes())
+        return Breakdown(adapters=self.trained if validated else 0, cache=on_gpu)
 
-    def _with_standing(self, held: Breakdown, network: nn.Module) -> Breakdown:
-        """With what stays from step to step: the best adapter so far, and hidden states kept on a GPU."""
-        best = sum(array.nbytes for array in adapter_weights(network).values())
-        token_bytes = embedded(network).shape[-1] * embedded(network).dtype.size
-        kept = [
-            rows.tokens * token_bytes
-            for rows, prefixed in ((self.train, self.prefixed.train), (self.valid, self.prefixed.valid))
-            if prefixed
-        ]
-        on_gpu = sum(size for size in kept if size <= GPU_SHARE * own_memory_bytes())
-        return replace(held, adapters=held.adapters + best, cache=held.cache + on_gpu)
+    def _with_batches(self, standing: Breakdown) -> Breakdown:
+        """The group's other batches, and those of the next one, which are made while it is computed."""
+        batch = self._shape(self.train, self.prefixed.train).arrays(self.width)
+        batches = 2 * self.settings.accumulation_steps - 1
+        return replace(standing, cache=standing.cache + batches * sum(each.nbytes for each in batch.values()))
 
-    def _replayed(self, graph: Graph, network: nn.Module) -> Breakdown:
-        prefixes = (f"{WEIGHT}.", f"{BATCH}.", f"{GRADIENT}.")
-        kept = [name for name in graph.inputs if name.startswith(prefixes)]
-        moment = highest(fused(graph), pace(), self._names(graph, network), kept)
-        return Breakdown(**{part: moment.held.get(part, 0) for part in PARTS})
+    def _phase(self, name: str, graph: Graph, network: nn.Module, standing: Breakdown) -> Phase:
+        return Phase(name, fused(graph), self._names(graph, network), standing)
 
     def _names(self, graph: Graph, network: nn.Module) -> Callable[[Value], str]:
         """What each array of the graph is, by name of `Breakdown`."""
@@ -303,8 +334,3 @@ class _Run:
 
 def _vocabulary(config: Mapping[str, Any]) -> int:
     return int({**config, **config.get("text_config", {})}["vocab_size"])
-
-
-def _frozen(network: nn.Module) -> dict[str, mx.array]:
-    trained = adapter_weights(network)
-    return {name: array for name, array in tree_flatten(network.parameters()) if name not in trained}

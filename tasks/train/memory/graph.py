@@ -6,17 +6,14 @@ it found, an operation at a time. Nothing is computed and no memory is taken.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-MARK = 1_000_003
-"""From here on, numbers by which `instead_of` is found again in a graph: no model compares 0.0 with one."""
-
-_marks = itertools.cycle(range(MARK, 2**24))  # whole numbers that float32 holds
+MARK = 1_000_003.0
+"""The number by which `instead_of` is found again in a graph: no model compares 0.0 with it."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -118,19 +115,14 @@ def instead_of(value: mx.array, followed: mx.array) -> mx.array:
     What MLX knows as a custom function cannot be exported; this says the same in operations that can.
     Forward only the operations of `value` stay in the graph, backward only those of `followed`.
     """
-    return _marked(next(_marks), value, followed)
+    never = mx.array(0.0) > mx.array(MARK)
+    return mx.where(never, followed, mx.stop_gradient(value))
 
 
 def recomputed(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
-    """For traces only: what `mx.checkpoint(function)(*arrays)` does, computing again once the gradient comes."""
-    mark = next(_marks)
-    again = mx.depends(list(arrays), [mx.array(float(mark))])  # `_needed` puts the gradient in its place
-    return _marked(mark, function(*arrays), function(*again))
-
-
-def _marked(mark: int, value: mx.array, followed: mx.array) -> mx.array:
-    never = mx.array(0.0) > mx.array(float(mark))
-    return mx.where(never, followed, mx.stop_gradient(value))
+    """For traces only: what `mx.checkpoint(function)(*arrays)` does, as its source has it (0.32.4)."""
+    value = mx.stop_gradient(function(*arrays))
+    return instead_of(value, function(*mx.depends(list(arrays), [value])))
 
 
 def _needed(
@@ -142,7 +134,6 @@ def _needed(
     """The graph with `instead_of` resolved, and without what nothing depends on."""
     maker = {output: each for each in operations for output in each.outputs}
     stands_for: dict[Value, Value] = {}
-    gradients: dict[float, Value] = {}  # by mark, of `followed`
 
     def resolved(value: Value) -> Value:
         while value in stands_for:
@@ -151,16 +142,11 @@ def _needed(
 
     for each in operations:
         each.inputs = [resolved(value) for value in each.inputs]
-        marks = [_mark(value, maker, constants) for value in each.inputs]
-        if each.name == "Select" and marks[0]:
+        marked = [_is_mark(value, maker, constants) for value in each.inputs]
+        if each.name == "Select" and marked[0]:
             stands_for[each.outputs[0]] = each.inputs[2]
-        elif each.name == "Multiply" and (mark := marks[0] or marks[1]):  # (never as a number) x the gradient
-            gradient = each.inputs[marks.index(None)]
-            stands_for[each.outputs[0]] = gradients[mark] = gradient
-    for each in operations:
-        if each.name == "Depends" and (mark := constants.get(each.inputs[-1])) in gradients:
-            each.inputs[-1] = resolved(gradients[mark])
-        each.inputs = [resolved(value) for value in each.inputs]
+        elif each.name == "Multiply" and any(marked):  # of `followed`: (never as a number) x its gradient
+            stands_for[each.outputs[0]] = each.inputs[marked.index(False)]
     ends = [resolved(value) for value in outputs]
     return Graph(inputs, constants, _in_order(operations, ends, maker), ends)
 
@@ -183,14 +169,8 @@ def _in_order(
     return list(ordered)
 
 
-def _mark(
-    value: Value, maker: Mapping[Value, Operation], constants: Mapping[Value, float | None]
-) -> float | None:
-    """The number of `instead_of` that the array is the condition of, if it is one."""
+def _is_mark(value: Value, maker: Mapping[Value, Operation], constants: Mapping[Value, float | None]) -> bool:
     while value in maker and maker[value].name in ("Broadcast", "Reshape", "ExpandDims", "AsType"):
         value = maker[value].inputs[0]
     made = maker.get(value)
-    if made is None or made.name != "Greater":
-        return None
-    number = constants.get(made.inputs[1])
-    return number if number is not None and MARK <= number < 2**24 else None
+    return made is not None and made.name == "Greater" and constants.get(made.inputs[1]) == MARK

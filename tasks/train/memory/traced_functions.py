@@ -56,15 +56,10 @@ def fused_attention(
     queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
 ) -> mx.array:
     """Of attention by one kernel each way: (batch, heads, length, head_dim); scores are never there."""
-    output = mx.fast.scaled_dot_product_attention(
-        *(mx.stop_gradient(each) for each in (queries, keys, values)), scale=scale, mask=mask, sinks=sinks
-    )
     batch, heads, length, width = queries.shape
-    shared = (batch, keys.shape[1], heads // keys.shape[1], length, width)
-
-    def of_all_heads(each: mx.array) -> mx.array:
-        return mx.broadcast_to(each[:, :, None], shared).reshape(queries.shape)
-
-    keys, values = of_all_heads(keys), of_all_heads(values)
-    parts = ((queries, keys), (keys, values), (values, queries))
-    return instead_of(output, sum(one * mx.stop_gradient(other) for one, other in parts))
+    groups = keys.shape[1]
+    shared = queries.reshape(batch, groups, heads // groups, length, width)
+    keys, values = keys[:, :, None], values[:, :, None]
+    parts = ((shared, keys), (keys, values), (values, shared))
+    followed = sum(one * mx.stop_gradient(other) for one, other in parts)
+    return instead_of(shared * keys * values, followed).reshape(queries.shape)

@@ -159,14 +159,29 @@ def _chunk_loss(network: nn.Module, hidden: mx.array, targets: mx.array, weights
     if not network.training:
         return plain(hidden)
     if _trained_outside_layers(network):
-        return recomputed(plain, hidden)
+        return _recomputed_head(network, plain, hidden)
     value, gradient = mx.value_and_grad(plain)(mx.stop_gradient(hidden))
     return instead_of(value, mx.sum(hidden * mx.stop_gradient(gradient)))
 
 
-def _trained_outside_layers(network: nn.Module) -> bool:
+def _recomputed_head(network: nn.Module, plain: Callable[[mx.array], mx.array], hidden: mx.array) -> mx.array:
+    own = _trained_outside_layers(network)
+    names = [name for name, _ in own]
+
+    def compute(hidden: mx.array, *arrays: mx.array) -> mx.array:
+        network.update(tree_unflatten(list(zip(names, arrays, strict=True))))
+        try:
+            return plain(hidden)
+        finally:
+            network.update(tree_unflatten(own))
+
+    return recomputed(compute, hidden, *(array for _, array in own))
+
+
+def _trained_outside_layers(network: nn.Module) -> list[tuple[str, mx.array]]:
     inside = {id(array) for layer in network.layers for _, array in tree_flatten(layer.trainable_parameters())}
-    return any(id(array) not in inside for _, array in tree_flatten(network.trainable_parameters()))
+    flat: list[tuple[str, mx.array]] = tree_flatten(network.trainable_parameters())
+    return [(name, array) for name, array in flat if id(array) not in inside]
 
 
 def _applied(
@@ -203,9 +218,28 @@ class _Recomputing(nn.Module):
 
     plain: type[nn.Module]
 
-    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        call: Callable[..., mx.array] = self.plain.__call__
-        return recomputed(lambda hidden: call(self, hidden, *args, **kwargs), hidden)
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        own = self.trainable_parameters()
+        given: list[tuple[str, Any]] = tree_flatten([own, args, kwargs])
+        places = [place for place, (_, leaf) in enumerate(given) if isinstance(leaf, mx.array)]
+
+        def compute(*arrays: mx.array) -> mx.array:
+            leaves = dict(given)
+            leaves |= {given[place][0]: array for place, array in zip(places, arrays, strict=True)}
+            trained, args, kwargs = (_under(leaves, f"{number}.") for number in range(3))
+            self.update(tree_unflatten(trained) if trained else {})
+            try:
+                positional = [leaf for _, leaf in args]
+                output: mx.array = self.plain.__call__(self, *positional, **dict(kwargs))
+            finally:
+                self.update(own)
+            return output
+
+        return recomputed(compute, *(given[place][1] for place in places))
+
+
+def _under(leaves: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    return [(name.removeprefix(prefix), leaf) for name, leaf in leaves.items() if name.startswith(prefix)]
 
 
 def _optimizer(network: nn.Module, settings: TrainSettings) -> optim.Optimizer:
