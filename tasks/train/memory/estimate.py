@@ -270,7 +270,7 @@ class _Run:
         network = self._network(freed=True)
         network.train()
         graph = update_graph(network, self.settings, self._shape(self.train, self.prefixed.train))
-        return [self._phase("training", graph, network, self._with_batches(self._standing()))]
+        return [self._phase("training", graph, network, self._with_batches(self._standing()), updates=True)]
 
     def _accumulating(self) -> list[Phase]:
         network = self._network(freed=True)
@@ -284,7 +284,11 @@ class _Run:
         return [
             self._phase("training", gradient, network, replace(standing, optimizer=self.optimizer)),
             self._phase(
-                "update", apply_graph(network, self.settings), network, replace(standing, weights=weights)
+                "update",
+                apply_graph(network, self.settings),
+                network,
+                replace(standing, weights=weights),
+                updates=True,
             ),
         ]
 
@@ -313,13 +317,20 @@ class _Run:
         batches = 2 * self.settings.accumulation_steps - 1
         return replace(standing, cache=standing.cache + batches * sum(each.nbytes for each in batch.values()))
 
-    def _phase(self, name: str, graph: Graph, network: nn.Module, standing: Breakdown) -> Phase:
-        return Phase(name, fused(graph), self._names(graph, network), standing)
+    def _phase(
+        self, name: str, graph: Graph, network: nn.Module, standing: Breakdown, updates: bool = False
+    ) -> Phase:
+        return Phase(name, fused(graph), self._names(graph, network, updates), standing)
 
-    def _names(self, graph: Graph, network: nn.Module) -> Callable[[Value], str]:
+    def _names(self, graph: Graph, network: nn.Module, updates: bool) -> Callable[[Value], str]:
         """What each array of the graph is, by name of `Breakdown`."""
         named = {value: OF_INPUT[name.partition(".")[0]] for name, value in graph.inputs.items()}
         trained = {array.shape for array in adapter_weights(network).values()}
+        if updates:  # its last outputs are the new weights, then the new state
+            state = sum(part == "optimizer" for part in named.values())
+            weights = len(adapter_weights(network))
+            after = graph.outputs[-weights - state :]
+            named |= {value: "adapters" if place < weights else "optimizer" for place, value in enumerate(after)}
 
         def name_of(value: Value) -> str:
             if value in named:

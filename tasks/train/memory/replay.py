@@ -186,7 +186,7 @@ class _Replay:
                 self._let_go(buffer)
 
     def _donor(self, operation: Operation, sources: Sequence[_Array], value: Value) -> _Array | None:
-        if operation.name not in REUSING:
+        if operation.name not in REUSING or len(operation.outputs) > 1:  # several outputs all hold the inputs
             return None
         size = math.prod(value.shape)
         for place, each in enumerate(sources):

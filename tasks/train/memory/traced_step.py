@@ -116,12 +116,15 @@ def first_look_graph(network: nn.Module, rows: int, length: int) -> Graph:
 
     def look(**arrays: mx.array) -> list[mx.array]:
         _take(network, arrays)
-        ids, positions = arrays[f"{BATCH}.inputs"], arrays[f"{BATCH}.positions"]
+        ids, again, positions = (arrays[f"{BATCH}.{name}"] for name in ("inputs", "again", "positions"))
         plain = log_probabilities(plain_logits(network, ids, positions))
-        gathered = log_probabilities(head_logits(network, supervised_hidden(network, ids, positions)))
+        gathered = log_probabilities(head_logits(network, supervised_hidden(network, again, positions)))
         return [mx.abs(plain - gathered).max()]
 
-    return graph_of(look, _inputs(network, BatchShape(rows, length, math.ceil(rows * length / 3))))
+    inputs = _inputs(network, BatchShape(rows, length, math.ceil(rows * length / 3)))
+    # Two names of the same tokens, or a trace would merge the two passes into one.
+    inputs[f"{BATCH}.again"] = mx.zeros((rows, length), mx.int32)
+    return graph_of(look, inputs)
 
 
 def _loss_and_gradient(
