@@ -7,6 +7,7 @@ which a run that was cut off finds what it has measured before.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -51,6 +52,9 @@ LONGEST_CHAT = 2048
 
 LOSS_BATCHES = 4
 MEMORY_STEPS = 3
+
+MLX_ALONE = {"MLX_MAX_MB_PER_BUFFER": "1000"}
+"""What MLX (0.32.4) takes by itself on a large CUDA GPU; `tasks.process` sets less."""
 
 CURVE_LENGTH, CURVE_BATCH, CURVE_RATE = 64, 4, 1e-4
 
@@ -204,7 +208,8 @@ def measure_memory(cell: Cell) -> dict[str, float]:
     figures = {}
     for side in ("our", "their"):
         command = [sys.executable, str(Path(__file__)), side, json.dumps(asdict(cell))]
-        done = subprocess.run(command, capture_output=True, text=True)
+        environment = {**os.environ, **(MLX_ALONE if side == "their" else {})}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise RuntimeError(f"{side} side of {cell.key}:\n{done.stderr}")
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -26,10 +26,8 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from tasks.config import TrainSettings
-from tasks.models.cpu_functions import use_fast_functions
-from tasks.models.device import on_gpu
+from tasks.models.load import use_fast_code
 from tasks.prepare.splits import TokenRows
-from tasks.process import keep_freed_memory
 from tasks.train.adapters import adapter_config, adapter_weights, add_adapter
 from tasks.train.batches import Group, update_groups
 from tasks.train.frozen_prefix import frozen_depth, without_frozen_layers
@@ -56,9 +54,7 @@ class OurTrainer:
     def __init__(
         self, network: nn.Module, rows: TokenRows, settings: TrainSettings, valid: TokenRows | None = None
     ) -> None:
-        if not on_gpu():  # as `load_model` does; the first is of the process, so mlx-lm's side has it too
-            keep_freed_memory()
-            use_fast_functions(network)
+        use_fast_code(network)  # as `load_model` does; that freed memory is kept holds for mlx-lm's side too
         add_adapter(network, adapter_config(settings, len(network.layers)), settings.seed)
         started = time.perf_counter()
         given = {"train": rows, "valid": valid or rows.first(1)}

@@ -7,8 +7,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from flows.find_run import find_run
-from flows.resume import ID_LENGTH
+from flows.find_run import ID_LENGTH, find_run
 from tasks.config import JudgeSettings, TrackingSettings
 from tasks.errors import InputError
 from tasks.evaluate.blind import (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flows.targets import chosen_run
+from flows.find_run import find_run
 from tasks.config import TrackingSettings
 from tasks.errors import InputError
 from tasks.evaluate.text_metrics import LOWER_IS_BETTER
@@ -26,7 +26,7 @@ PASSING = (
 )
 """Figures whose last value says nothing of the run as a whole, or that are shown in another form."""
 
-LOWER = LOWER_IS_BETTER | {"best_val_loss", "peak_memory", "latency_s"}
+LOWER = LOWER_IS_BETTER | {"best_val_loss", "peak_memory"}
 HIGHER = {
     "token_accuracy", "chrf", "rouge_l", "bleu", "exact_match", "exact_match_normalised", "format_valid",
     "tokens_per_second",
@@ -66,7 +66,8 @@ def compare_runs(references: Sequence[str]) -> Comparison:
     Raises:
         InputError: one is not there, or there are fewer than two different ones.
     """
-    runs = list({run.id: run for run in map(chosen_run, references)}.values())
+    found = [find_run(reference, TrackingSettings()) for reference in references]
+    runs = list({run.id: run for run in found}.values())
     if len(runs) < 2:
         raise InputError(f"{len(runs)} run to compare: give at least two different ones")
     records = [read_record(TrackingSettings(), run.id) for run in runs]

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import yaml
 
+from flows.find_run import matching_runs, no_run, the_one
 from tasks.config import CREDENTIALS, PATHS, Settings, TrackingSettings, load_settings
 from tasks.errors import InputError
-from tasks.tracking import StoredRun, read_text, stored_runs, tracking_uri
+from tasks.tracking import StoredRun, read_text
 
 SETTINGS_FILE = "settings.yaml"
 """The artifact of a run with all its settings."""
-
-ID_LENGTH = 8
-"""Of an id, so much is shown, and a prefix of it is enough where it is unique."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,7 @@ def find_interrupted(reference: str) -> Interrupted:
             finetune.
     """
     tracking = TrackingSettings()
-    where = CREDENTIALS.sub("://***@", tracking_uri(tracking))
-    run = _chosen(reference, stored_runs(tracking), where)
+    run = _chosen(reference, tracking)
     settings = settings_of(tracking, run.id)
     if settings is None:
         raise InputError(f"run {run.id} ({run.name}) has no {SETTINGS_FILE}: only a finetune can be resumed")
@@ -73,25 +70,18 @@ def settings_of(tracking: TrackingSettings, run_id: str, overrides: Sequence[str
         return load_settings(path, overrides)
 
 
-def _chosen(reference: str, runs: list[StoredRun], where: str) -> StoredRun:
+def _chosen(reference: str, tracking: TrackingSettings) -> StoredRun:
     """The one run meant; of those that share a name, the one that is not finished."""
-    meant = [run for run in runs if run.id.startswith(reference)] if reference else []
-    meant = meant or [run for run in runs if run.name == reference]
+    meant = matching_runs(reference, tracking)
     if not meant:
-        raise InputError(
-            f"run '{reference}': no run of that id or name in {where}; 'tunesmith ui' shows them, "
-            "MLFLOW_TRACKING_URI names another store"
-        )
+        raise InputError(no_run(reference, tracking))
     unfinished = [run for run in meant if run.status != "FINISHED"]
     if not unfinished:
         raise InputError(
             f"run {meant[0].id} ({meant[0].name}) is finished: there is nothing left to resume; "
             "'tunesmith finetune' starts another"
         )
-    if len(unfinished) > 1:
-        each = ", ".join(f"{run.id[:ID_LENGTH]} ({run.name}, {run.status})" for run in unfinished)
-        raise InputError(f"run '{reference}' may be any of {len(unfinished)}: {each}; give more of the id")
-    [run] = unfinished
+    run = the_one(reference, unfinished)
     if run.status == "RUNNING":
         _check_dead(run)
     return run

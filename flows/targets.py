@@ -12,20 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.config import CREDENTIALS, ModelSettings, TrackingSettings
+from flows.find_run import ID_LENGTH, find_run, matching_runs, store_name
+from tasks.config import ModelSettings, TrackingSettings
 from tasks.errors import InputError
 from tasks.models.bundled import BUNDLED_SOURCE
 from tasks.models.find import find_base
 from tasks.models.folder import ModelFolder
 from tasks.models.hub import is_hub_name
 from tasks.models.resolve import resolve_model
-from tasks.tracking import StoredRun, read_folder, stored_runs, tracking_uri
+from tasks.tracking import StoredRun, read_folder, stored_runs
 from tasks.train.use import read_use
 
 ADAPTER_CONFIG = "adapter_config.json"
-
-SHORTEST_ID = 4
-"""Of a run's id so much is asked for, lest a word be taken for the beginning of one."""
 
 FORMS = "give a run, NAME@champion, NAME/VERSION, an adapter folder, or what model.source takes"
 
@@ -70,7 +68,12 @@ def find_target(text: str) -> Target:
         return version_target(name, number)
     if is_hub_name(text) or "/" in text or text.endswith(".gguf"):
         return _model(text)
-    return run_target(chosen_run(text))
+    if not matching_runs(text, TrackingSettings()):
+        where = store_name(TrackingSettings())
+        raise InputError(
+            f"'{text}': no such file or folder, and no run of that id or name in {where}; {FORMS}"
+        )
+    return run_target(find_run(text, TrackingSettings()))
 
 
 def newest_target() -> Target:
@@ -82,7 +85,7 @@ def newest_target() -> Target:
     for run in stored_runs(TrackingSettings()):
         if run.status == "FINISHED" and read_folder(TrackingSettings(), run.id, "adapter"):
             return run_target(run)
-    raise InputError(f"{_store()} has no finished run with an adapter; {FORMS}")
+    raise InputError(f"{store_name(TrackingSettings())} has no finished run with an adapter; {FORMS}")
 
 
 def version_target(name: str, which: str) -> Target:
@@ -96,7 +99,7 @@ def version_target(name: str, which: str) -> Target:
 
 def run_target(run: StoredRun) -> Target:
     """The adapter of a run."""
-    return _adapter_of_run(f"run {run.name} ({run.id[:8]})", run.id)
+    return _adapter_of_run(f"run {run.name} ({run.id[:ID_LENGTH]})", run.id)
 
 
 def adapter_target(name: str, folder: Path, run_id: str | None = None) -> Target:
@@ -135,28 +138,3 @@ def _adapter_of_run(name: str, run_id: str) -> Target:
 
 def _model(source: str) -> Target:
     return Target(source, resolve_model(ModelSettings(source=source)))
-
-
-def chosen_run(reference: str) -> StoredRun:
-    """The run meant; of several of one name the newest that is finished.
-
-    Raises:
-        InputError: there is none, or several have an id that begins like this.
-    """
-    runs = stored_runs(TrackingSettings())
-    named = [run for run in runs if run.name == reference]
-    if named:
-        return next((run for run in named if run.status == "FINISHED"), named[0])
-    meant = [run for run in runs if len(reference) >= SHORTEST_ID and run.id.startswith(reference)]
-    if len(meant) > 1:
-        each = ", ".join(f"{run.id} ({run.name})" for run in meant[:5])
-        raise InputError(f"run '{reference}' may be any of {len(meant)}: {each}; give more of the id")
-    if not meant:
-        raise InputError(
-            f"'{reference}': no such file or folder, and no run of that id or name in {_store()}; {FORMS}"
-        )
-    return meant[0]
-
-
-def _store() -> str:
-    return CREDENTIALS.sub("://***@", tracking_uri(TrackingSettings()))

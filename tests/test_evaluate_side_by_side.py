@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_evaluate_measure import adapter
 
-from tasks.config import DataSettings, EvaluateSettings, Settings, TrackingSettings
+from tasks.config import DataSettings, EvaluateSettings, Settings, TrackingSettings, TrainSettings
 from tasks.evaluate.intervals import Interval
 from tasks.evaluate.side_by_side import (
     answer_table,
@@ -139,7 +139,7 @@ def test_both_sides_the_change_and_the_answers_are_in_mlflow(
     wanted = EvaluateSettings(samples=3, max_tokens=4, general_rows=2)
     with mlflow_run(Settings(), "a run", {}) as run:
         tuned = adapter(tiny_model, tmp_path / "a", 1)
-        evaluation = evaluate_adapter(wanted, tiny_model, tuned, data, run)
+        evaluation = evaluate_adapter(wanted, tiny_model, tuned, data, run, TrainSettings())
     stored = run.client.get_run(run.id)
     metrics = stored.data.metrics
     for name in ("test_loss", "perplexity", "token_accuracy", "general_loss", "chrf", "bleu", "cut_off"):

@@ -41,8 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Run]
     home = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(home))
-        runs = {name: finished(name, 6) for name in ("amber", "blue", "empty", "odd", "twice")}
-        runs["twice again"] = finished("twice", 6)
+        runs = {name: finished(name, 6) for name in ("amber", "blue", "empty", "odd")}
     return home, runs
 
 
@@ -162,7 +161,6 @@ def test_the_figures_are_given_to_programs(
         (["amber", "empty"], "evaluate.samples"),
         (["amber", "odd"], "no test prompt in common"),
         (["amber", "amber"], "given twice"),
-        (["amber", "twice"], "may be any of 2"),
         (["amber", "blue", "--out", "page.txt"], "ends in .html"),
         (["amber", "blue", "--prompts", "0"], "--prompts 0"),
         (["amber", "blue", "--terminal", "--out", "x.html"], "do not go together"),

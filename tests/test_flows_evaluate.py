@@ -80,7 +80,7 @@ def finetuned(name: str, settings: Settings) -> str:
         model = resolve_model(settings.model)
         data = prepare_data(settings.data, model, opened)
         adapter = train_adapter(settings.train, model, data, opened)
-        evaluate_adapter(settings.evaluate, model, adapter, data, opened)
+        evaluate_adapter(settings.evaluate, model, adapter, data, opened, settings.train)
     return opened.id
 
 

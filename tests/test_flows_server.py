@@ -174,7 +174,9 @@ def test_a_server_that_outlived_its_supervisor_is_ended_by_the_next_up(
     stand_in(HEALTHY)
     first = up(free_port(47400))
     orphan = psutil.Process(first.server_pid)
-    psutil.Process(first.pid).kill()
+    supervisor = psutil.Process(first.pid)
+    supervisor.kill()
+    psutil.wait_procs([supervisor], timeout=10)  # a signal takes a moment
     second = up(first.port)
     assert second.port == first.port
     gone, _ = psutil.wait_procs([orphan], timeout=10)  # whoever adopted it may take a moment to bury it

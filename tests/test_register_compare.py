@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.register.compare import compare, paired_interval
+from tasks.register.compare import compare
 
 
 def losses(values: list[float], tokens: int = 10) -> dict[str, Any]:
@@ -17,28 +17,6 @@ def losses(values: list[float], tokens: int = 10) -> dict[str, Any]:
 
 def scores(values: list[float]) -> dict[str, Any]:
     return {"chrf": float(np.mean(values)), "answers": [{"chrf": value} for value in values]}
-
-
-def test_the_interval_is_that_of_the_normal_approximation_on_many_rows() -> None:
-    random = np.random.default_rng(5)
-    old = random.normal(2.0, 1.0, 400)
-    new = old + random.normal(-0.1, 0.5, 400)
-    low, high = paired_interval(new.tolist(), old.tolist(), [1.0] * 400)
-    change = new - old
-    half = 1.96 * change.std() / 20
-    assert low == pytest.approx(change.mean() - half, abs=0.1 * half)
-    assert high == pytest.approx(change.mean() + half, abs=0.1 * half)
-    assert (low, high) == paired_interval(new.tolist(), old.tolist(), [1.0] * 400)
-
-
-def test_rows_count_by_their_tokens() -> None:
-    """One row of 90 tokens gains 1 nat a token, nine of one token lose 1: in all it is a gain of 0.8."""
-    low, high = paired_interval([-90.0, *[1.0] * 9] * 20, [0.0] * 200, [90.0, *[1.0] * 9] * 20)
-    assert low < -81 / 99 < high < -0.5
-
-
-def test_one_row_tells_nothing() -> None:
-    assert paired_interval([1.0], [2.0], [1.0]) == (float("-inf"), float("inf"))
 
 
 def test_pairing_finds_a_small_gain_that_all_rows_share() -> None:

@@ -61,7 +61,7 @@ def finish(settings: Settings, max_steps: int, data_seed: int = 0) -> Registrati
     with mlflow_run(settings, f"steps-{max_steps}", {}) as run:
         data = prepare_data(settings.data.model_copy(update={"seed": data_seed}), model, run)
         adapter = train_adapter(train, model, data, run)
-        evaluation = evaluate_adapter(settings.evaluate, model, adapter, data, run)
+        evaluation = evaluate_adapter(settings.evaluate, model, adapter, data, run, train)
         return register_adapter(settings, "sums", Candidate(model, adapter, data, evaluation), run)
 
 

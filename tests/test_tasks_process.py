@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks import process
-from tasks.process import QUIET, blas_advice, load_blas, needs_blas
+from tasks.process import DEFAULTS, blas_advice, load_blas, needs_blas
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Accelerate is fast by itself")
 
@@ -26,7 +26,7 @@ def run(program: str, **environment: str) -> str:
 def test_importing_tasks_sets_the_quiet_defaults_and_keeps_a_persons_own() -> None:
     program = "import os, tasks; print(os.environ['DO_NOT_TRACK'], os.environ['MLFLOW_LOGGING_LEVEL'])"
     assert run(program, DO_NOT_TRACK="0", MLFLOW_LOGGING_LEVEL="DEBUG") == "0 DEBUG"
-    assert set(QUIET) <= os.environ.keys()
+    assert set(DEFAULTS) <= os.environ.keys()
 
 
 @LINUX

@@ -346,3 +346,32 @@ def test_damaged_weights_of_every_method_are_refused_before_the_base_is_touched(
 def test_count_is_of_the_numbers_trained() -> None:
     # Layers of 4 + 3 matrices at rank 4: widths 32+32, 32+16 twice, 32+32, and 32+64 three times.
     assert count_parameters(adapter_weights(adapted(settings_of()))) == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 1e-6), (mx.bfloat16, 1e-2)])
+def test_lora_is_computed_in_the_type_of_its_input_and_gives_what_mlx_lm_gives(
+    dtype: mx.Dtype, tolerance: float
+) -> None:
+    from mlx_lm.tuner.lora import LoRALinear
+
+    network = tiny_network(dtype=str(dtype).removeprefix("mlx.core."))
+    add_adapter(network, adapter_config(TrainSettings(num_layers=1), 4), 0)
+    layer = network.layers[3].mlp.down_proj
+    layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(1))
+    x = mx.random.normal((2, 5, 64), key=mx.random.key(2)).astype(dtype)
+    ours, theirs = layer(x), LoRALinear.__call__(layer, x)
+    assert layer.lora_a.dtype == mx.float32, "what is trained keeps its small changes"
+    assert ours.dtype == theirs.dtype == dtype
+    difference = mx.linalg.norm(ours.astype(mx.float32) - theirs.astype(mx.float32)).item()
+    assert difference / mx.linalg.norm(theirs.astype(mx.float32)).item() < tolerance
+    seen: list[mx.Dtype] = []
+    plain = mx.array.__matmul__
+
+    def watched(left: mx.array, right: mx.array) -> mx.array:
+        seen.extend((left.dtype, right.dtype))
+        return plain(left, right)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mx.array, "__matmul__", watched)
+        layer(x)
+    assert set(seen) == {dtype}

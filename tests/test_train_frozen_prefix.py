@@ -376,7 +376,13 @@ def test_an_evaluation_records_the_test_rows_once_for_base_and_tuned(
     output = StepOutput(tmp_path, "made", False, 0.0)
     for adapter in (None, output):
         plain, shared = (
-            measure(EvaluateSettings(samples=0, batch_size=size), tiny_model, adapter, output, pair=pair)
+            measure(
+                EvaluateSettings(samples=0, batch_size=size, general_rows=0),
+                tiny_model,
+                adapter,
+                output,
+                pair=pair,
+            )
             for size, pair in ((5, None), (4, Pair(tmp_path, settings)))
         )
         loss = shared.read_json("evaluation.json")["test_loss"]

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-LOWER_IS_BETTER = frozenset({"test_loss", "perplexity", "general_loss", "empty", "repetition", "cut_off"})
+LOWER_IS_BETTER = frozenset(
+    {"test_loss", "perplexity", "general_loss", "empty", "repetition", "cut_off", "latency_s"}
+)
 """Figures of a measurement that a better model has lower; all others it has higher."""
 
 BLEU_ORDER = 4

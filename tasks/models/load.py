@@ -37,7 +37,7 @@ def load_model(folder: Path) -> LoadedModel:
     """Load a model folder through mlx_lm, without ever running code of the model.
 
     On a GPU weights stay as stored. On CPU every parameter becomes float32 and quantised layers are
-    dequantised: of its matrix products only float32 ones are fast, and its exponentials are replaced.
+    dequantised: of its matrix products only float32 ones are fast.
 
     Args:
         folder: of `resolve_model`.
@@ -50,20 +50,31 @@ def load_model(folder: Path) -> LoadedModel:
     import mlx.core as mx
     from mlx_lm.utils import load_model as mlx_lm_load_model
 
-    from tasks.models.cpu_functions import use_fast_functions
-
     try:
         model, config = mlx_lm_load_model(folder, lazy=True, strict=True, trust_remote_code=False)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder}: mlx_lm cannot load this model: {error}") from None
     if not on_gpu():
-        keep_freed_memory()
         model, config = _as_float32(model, config)
-        use_fast_functions(model)
+    use_fast_code(model)
     model.eval()
     mx.eval(model.parameters())
     tokenizer = _load_tokenizer(folder, config)
     return LoadedModel(model, tokenizer, config)
+
+
+def use_fast_code(model: Module) -> None:
+    """Exchange what this device's MLX is slow at, in this one model; what it computes stays the same."""
+    import mlx.core as mx
+
+    from tasks.models.cpu_functions import use_fast_functions
+    from tasks.models.quantised_products import use_dequantised_products
+
+    if not on_gpu():
+        keep_freed_memory()
+        use_fast_functions(model)
+    elif mx.cuda.is_available():
+        use_dequantised_products(model)
 
 
 def _load_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-LOWER_IS_BETTER = ("test_loss", "perplexity", "general_loss", "cut_off", "latency_s", "empty", "repetition")
-"""Of the figures of an evaluation; of all others more is better."""
-
-DRAWS = 4000
-"""Of the bootstrap: the ends of the interval are then known to about 2% of its width."""
-
-DRAWN_AT_ONCE = 2_000_000
-"""Row numbers in memory together."""
+from tasks.evaluate.intervals import ratio_interval
+from tasks.evaluate.text_metrics import LOWER_IS_BETTER
 
 Figures = Mapping[str, Any]
 """What `evaluation.json` holds."""
+
+SEED = 0
+"""Of the interval's draws: the same two versions are judged the same each time."""
 
 
 @dataclass(frozen=True)
@@ -51,39 +45,15 @@ def compare(metric: str, challenger: Figures, rival: Figures, rival_name: str) -
         return Verdict(
             ahead, f"{told}, which is {'better' if ahead else 'not better'} (means alone compared)"
         )
-    low, high = paired_interval(*paired)
+    new_rows, old_rows, weights = paired
+    found = ratio_interval(old_rows, new_rows, weights, SEED)
     name = "loss" if metric == "perplexity" else metric
-    ahead = low > 0 if sign > 0 else high < 0
+    ahead = found.low > 0 if sign > 0 else found.high < 0
     beyond = "beyond" if ahead else "not beyond"
     return Verdict(
-        ahead, f"{told}, {beyond} chance: the difference of {name} is {low:+.4f} to {high:+.4f} (95%)"
+        ahead,
+        f"{told}, {beyond} chance: the difference of {name} is {found.low:+.4f} to {found.high:+.4f} (95%)",
     )
-
-
-def paired_interval(
-    new: Sequence[float], old: Sequence[float], weights: Sequence[float], seed: int = 0
-) -> tuple[float, float]:
-    """The 95% interval of the difference, new minus old, of two weighted means over the same rows.
-
-    Rows are drawn with replacement, the same for both (Efron and Tibshirani 1993, chapter 13).
-
-    Args:
-        new, old: (rows,) sums over each row, as of nats.
-        weights: (rows,) what they are sums over, as tokens.
-    """
-    rows = np.array([np.subtract(new, old), weights], np.float64)  # (2, rows)
-    count = rows.shape[1]
-    if count < 2:
-        return float("-inf"), float("inf")
-    random = np.random.default_rng(seed)
-    at_once = max(1, DRAWN_AT_ONCE // count)
-    parts: list[NDArray[np.float64]] = []
-    for start in range(0, DRAWS, at_once):
-        drawn = random.integers(0, count, (min(at_once, DRAWS - start), count))
-        change, weight = rows[:, drawn].sum(axis=2)  # (2, draws)
-        parts.append(change / weight)
-    low, high = np.quantile(np.concatenate(parts), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _paired(metric: str, new: Figures, old: Figures) -> tuple[list[float], list[float], list[float]] | None:

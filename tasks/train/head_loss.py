@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from tasks.models.cpu_functions import cross_entropy
 from tasks.models.device import on_gpu
+from tasks.models.quantised_products import dequantised_once
 from tasks.train.supervised import head_logits
 
 CHUNK_BYTES = 256e6
@@ -36,11 +37,12 @@ def weighted_loss(model: nn.Module, hidden: mx.array, targets: mx.array, weights
     """
     loss = _chunk_loss(model)
     total = mx.zeros(())
-    for part in chunks(model, hidden):
-        chunk = hidden[part]
-        if part.start:  # one chunk's logits at a time
-            [chunk] = mx.depends([chunk], [total])
-        total = total + loss(chunk, targets[part], weights[part])
+    with dequantised_once():
+        for part in chunks(model, hidden):
+            chunk = hidden[part]
+            if part.start:  # one chunk's logits at a time
+                [chunk] = mx.depends([chunk], [total])
+            total = total + loss(chunk, targets[part], weights[part])
     return total
 
 

@@ -57,16 +57,19 @@ def mean_loss(
         cancelled: asked before each batch; once it says yes, the work ends and the result is NaN.
     """
     total, count = 0.0, 0
+    under_way = mx.zeros(())
     with progress(title, total=len(rows)) as bar, evaluating(model):
         for batch in sorted_batches(rows, batch_size):
             if cancelled():
-                total = math.nan
-                break
+                return math.nan
             if batch.supervised_tokens:
-                total += float(summed_loss(model, *batch.arrays()))
+                loss = summed_loss(model, *batch.arrays())
+                mx.async_eval(loss)
+                total += float(under_way)  # of the batch before: the machine is never left without work
+                under_way = loss
                 count += batch.supervised_tokens
             bar.advance(len(batch.rows))
-    return total / count if count else math.nan
+    return (total + float(under_way)) / count if count else math.nan
 
 
 @dataclass(frozen=True)
