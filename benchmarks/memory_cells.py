@@ -157,10 +157,14 @@ def main() -> None:
     for text in sys.argv[1:]:
         cell = Cell(**json.loads(text))
         try:
-            done = {"key": cell.key, **asdict(cell), "predicted": predict(cell), "measured": measure(cell)}
-        except (RuntimeError, ValueError):  # where a GPU's memory ends, MLX raises
+            done = {"key": cell.key, **asdict(cell), "measured": measure(cell)}
+        except RuntimeError:  # where a GPU's memory ends, MLX raises
             traceback.print_exc()
             continue
+        try:
+            done["predicted"] = predict(cell)
+        except ValueError:  # what was measured stays; `--predict` tries again
+            traceback.print_exc()
         gc.collect()
         mx.clear_cache()
         print(json.dumps(done), flush=True)

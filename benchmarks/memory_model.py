@@ -2,6 +2,7 @@
 
     python benchmarks/memory_model.py --quick              # six small runs of the bundled model: 2 minutes
     python benchmarks/memory_model.py                      # every cell for this machine
+    python benchmarks/memory_model.py --predict            # the kept cells again, after a change of the model
     python benchmarks/memory_model.py --fit                # constants from the cells kept, and their errors
     python benchmarks/memory_model.py --budget --runs 100  # settings accepted under a budget, and their peaks
 
@@ -35,7 +36,7 @@ from typing import Any
 
 import bare_engine  # noqa: F401
 import numpy as np
-from memory_cells import Cell, accepted
+from memory_cells import Cell, accepted, predict
 from record import commit, machine_name, record
 from step_models import BUNDLED
 
@@ -60,9 +61,11 @@ def main() -> None:
     file = chosen.cells or Path("build") / f"{kind}-{machine_name()}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     wanted = _budget_cells(chosen) if chosen.budget else _grid(chosen)
-    if not chosen.fit:
+    if not (chosen.fit or chosen.predict):
         _measure(wanted, file, chosen.minutes)
-    found = _kept(file)
+    if chosen.predict:
+        _predict_again(file)
+    found = {key: cell for key, cell in _kept(file).items() if "predicted" in cell}
     if chosen.budget:
         figures = _budget_figures([found[cell.key] for cell in wanted if cell.key in found])
     else:
@@ -78,6 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so long")
     parser.add_argument("--cells", type=Path, help="the file that measured cells are kept in")
     parser.add_argument("--fit", action="store_true", help="measure nothing: fit and judge what is kept")
+    parser.add_argument("--predict", action="store_true", help="measure nothing: predict all that is kept anew")
     parser.add_argument("--budget", action="store_true", help="runs accepted under a budget")
     parser.add_argument("--quick", action="store_true", help="few and small")
     chosen = parser.parse_args()
@@ -177,6 +181,12 @@ def _keep(file: Path, cell: dict[str, Any]) -> None:
     print(_in_words(cell), flush=True)
 
 
+def _predict_again(file: Path) -> None:
+    """The cells kept with what the model as it is now makes of them; on the kind of machine they are of."""
+    for cell in _kept(file).values():
+        _keep(file, {**cell, "predicted": predict(_as_cell(cell))})
+
+
 def _kept(file: Path) -> dict[str, dict[str, Any]]:
     """The cells of a file by key, the last of each; a line that was cut off is none."""
     cells = {}
@@ -267,6 +277,8 @@ def _as_cell(kept: Mapping[str, Any]) -> Cell:
 
 
 def _in_words(cell: Mapping[str, Any]) -> str:
+    if "predicted" not in cell:
+        return f"no prediction  {measured_bytes(cell) / 1e9:6.2f} GB  {cell['key']}"
     tasks = max(int(each) for each in cell["predicted"])
     predicted, measured = predicted_bytes(cell, tasks), measured_bytes(cell)
     return f"{predicted / measured - 1:+7.2%}  {measured / 1e9:6.2f} GB  {cell['key']}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+
 from tasks.models.device import on_gpu, own_memory_bytes
 from tasks.train.memory.replay import Pace
 
@@ -23,7 +26,13 @@ allocator; numbers as on Metal."""
 
 
 def pace() -> Pace:
-    """Of MLX's default device."""
+    """Of MLX's default device, as this process's environment has it."""
     if not on_gpu():
         return CPU
-    return CUDA if own_memory_bytes() else METAL
+    usual = CUDA if own_memory_bytes() else METAL
+    operations, numbers = (os.environ.get(f"MLX_MAX_{of}_PER_BUFFER") for of in ("OPS", "MB"))
+    return replace(
+        usual,
+        dispatches=int(operations) if operations else usual.dispatches,
+        numbers=int(numbers) * MEBI if numbers else usual.numbers,
+    )

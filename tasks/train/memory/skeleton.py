@@ -12,7 +12,11 @@ from tasks.config import TrainSettings
 from tasks.models.cpu_functions import use_fast_functions
 from tasks.models.device import on_gpu, own_memory_bytes
 from tasks.train.adapters import adapter_config, add_adapter
-from tasks.train.memory.traced_functions import cpu_stand_ins, fused_attention_stand_in
+from tasks.train.memory.traced_functions import (
+    cpu_stand_ins,
+    fused_attention_stand_in,
+    use_dequantised_stand_ins,
+)
 from tasks.train.outline import outline
 from tasks.train.targets import target_keys
 
@@ -32,6 +36,7 @@ def skeleton(config: Mapping[str, Any]) -> nn.Module:
         if quantization := config.get("quantization") or config.get("quantization_config"):
             _quantise(network, quantization)
         if own_memory_bytes():
+            use_dequantised_stand_ins(network)
             use_fast_functions(network, fused_attention_stand_in())
     else:
         network.set_dtype(mx.float32)

@@ -10,9 +10,11 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from tasks.models.cpu_functions import _powers, attention, exp
-from tasks.train.memory.graph import instead_of
+from tasks.models.quantised_products import LEAST_ROWS, dequantised, dequantised_product, shares_weights
+from tasks.train.memory.graph import instead_of, recomputed
 
 
 def cpu_stand_ins() -> dict[str, Callable[..., Any]]:
@@ -50,6 +52,46 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     losses = mx.log(total) + highest - picked
     gradient = mx.put_along_axis(_powers(fixed, losses + picked), targets[:, None], picked, axis=-1)
     return instead_of(losses.squeeze(-1), mx.sum(logits * gradient, axis=-1))
+
+
+def fused_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """Of MLX's fused cross-entropy: the logits and a number a row are kept, their gradient is one operation."""
+    fixed = mx.stop_gradient(logits)
+    total = mx.logsumexp(fixed, axis=-1, keepdims=True)
+    losses = (total - mx.take_along_axis(fixed, targets[:, None], axis=-1)).squeeze(-1)
+    return instead_of(losses, mx.sum(logits * mx.exp(fixed - total), axis=-1))
+
+
+def use_dequantised_stand_ins(model: nn.Module) -> None:
+    """Of `use_dequantised_products`."""
+    for module in model.modules():
+        if type(module) is nn.QuantizedLinear:
+            module.__class__ = _Linear
+        elif type(module) is nn.QuantizedEmbedding:
+            module.__class__ = _Embedding
+
+
+class _Linear(nn.QuantizedLinear):
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.size // x.shape[-1] < LEAST_ROWS:
+            few: mx.array = super().__call__(x)  # type: ignore[no-untyped-call]
+            return few
+        y = _dequantised(self, x)
+        return y + self["bias"] if "bias" in self else y
+
+
+class _Embedding(nn.QuantizedEmbedding):
+    def as_linear(self, x: mx.array) -> mx.array:
+        if x.size // x.shape[-1] < LEAST_ROWS:
+            few: mx.array = super().as_linear(x)  # type: ignore[no-untyped-call]
+            return few
+        return _dequantised(self, x)
+
+
+def _dequantised(layer: nn.Module, x: mx.array) -> mx.array:
+    if shares_weights():
+        return dequantised_product(layer, x)
+    return recomputed(lambda x, packed: x @ dequantised(layer, packed).T, x, layer["weight"])
 
 
 def fused_attention(

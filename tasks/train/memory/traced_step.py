@@ -15,10 +15,11 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from tasks.config import TrainSettings
 from tasks.models.device import on_gpu
+from tasks.models.quantised_products import dequantised_once
 from tasks.train.adapters import adapter_weights
-from tasks.train.head_loss import chunks, token_losses
+from tasks.train.head_loss import chunks
 from tasks.train.memory.graph import Graph, graph_of, instead_of, recomputed
-from tasks.train.memory.traced_functions import cross_entropy
+from tasks.train.memory.traced_functions import cross_entropy, fused_cross_entropy
 from tasks.train.optimizers import make_optimizer, optimizer_state
 from tasks.train.substitution import inject, listening
 from tasks.train.supervised import head_logits, log_probabilities, plain_logits, supervised_hidden
@@ -144,11 +145,12 @@ def _loss(network: nn.Module, arrays: Mapping[str, mx.array]) -> mx.array:
     inject(network, arrays.get(f"{BATCH}.hidden"))
     hidden = supervised_hidden(network, ids, positions)
     total = mx.zeros(())
-    for part in chunks(network, hidden):
-        chunk = hidden[part]
-        if part.start:
-            [chunk] = mx.depends([chunk], [total])
-        total = total + _chunk_loss(network, chunk, targets[part], weights[part])
+    with dequantised_once():
+        for part in chunks(network, hidden):
+            chunk = hidden[part]
+            if part.start:
+                [chunk] = mx.depends([chunk], [total])
+            total = total + _chunk_loss(network, chunk, targets[part], weights[part])
     return total
 
 
@@ -156,7 +158,7 @@ def _chunk_loss(network: nn.Module, hidden: mx.array, targets: mx.array, weights
     """As `head_loss` chooses: the gradient with the loss, or, where the head is trained, computed again."""
 
     def plain(hidden: mx.array) -> mx.array:
-        losses = (token_losses if on_gpu() else cross_entropy)(head_logits(network, hidden), targets)
+        losses = (fused_cross_entropy if on_gpu() else cross_entropy)(head_logits(network, hidden), targets)
         return mx.sum(losses * weights)
 
     if not network.training:
