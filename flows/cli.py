@@ -10,7 +10,7 @@ import sys
 
 from cyclopts import CycloptsError
 
-from flows.verbs import data, export, judge, look, operate, ship, start, train  # noqa: F401  (each adds its verbs)
+from flows.verbs import data, estimate, export, judge, look, operate, ship, start, train  # noqa: F401  (each adds its verbs)
 from flows.verbs.frame import app, explain
 
 

@@ -1,5 +1,5 @@
 """The memory budget of a trial."""
 
-from tasks.train.memory.budget import parse_budget
+from tasks.budget import parse_budget
 
 __all__ = ["parse_budget"]

@@ -22,6 +22,8 @@ from tasks.train.checkpoints import Checkpoints
 from tasks.train.gradient_checkpoint import gradient_checkpoint
 from tasks.train.interrupt import PutOffSignals
 from tasks.train.loss import mean_loss
+from tasks.train.memory.footprint import process_footprint
+from tasks.train.memory_guard import MemoryGuard
 from tasks.train.optimizers import make_optimizer, optimizer_state, restore_optimizer
 from tasks.train.soft_prompt import prefix_ids, with_prefix
 from tasks.train.state import Training
@@ -40,6 +42,7 @@ def fit(
     settings: TrainSettings,
     report: Report,
     checkpoints: Checkpoints | None = None,
+    guard: MemoryGuard | None = None,
 ) -> Training:
     """Train the model's trainable parameters and keep those of the lowest validation loss.
 
@@ -54,6 +57,7 @@ def fit(
     SIGINT and SIGTERM take effect after the update under way, with a checkpoint.
 
     Raises:
+        OverBudget: the run took more memory than `guard` allows; a checkpoint is kept.
         StepError: no token is supervised, or a loss, gradient or weight is not finite; no checkpoint
             holds anything of that step.
     """
@@ -88,6 +92,7 @@ def fit(
         training.position,
     )
     upcoming: Group | None = None
+    footprint = 0
     updates = Updates(model, optimizer, settings, training.steps)
     epoch_updates = updates_per_epoch(train, settings.batch_size, settings.accumulation_steps)
     recompute = gradient_checkpoint(model) if settings.grad_checkpoint else nullcontext()
@@ -123,8 +128,11 @@ def fit(
                     "trained_tokens": training.trained_tokens,
                     "epoch": training.step / epoch_updates,
                     "peak_memory": mx.get_peak_memory() / 1e9,
+                    "peak_footprint": (footprint := max(footprint, process_footprint())) / 1e9,
                 }
             )
+            if guard:
+                guard.check(training.step, save)
             if checkpoints and checkpoints.due(training.step):
                 save()
             bar.advance(1, f"loss {metrics['train_loss']:.3f}  {metrics['tokens_per_second']:.0f} tokens/s")

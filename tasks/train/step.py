@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.config import TrainSettings
 from tasks.errors import InputError
@@ -13,6 +13,9 @@ from tasks.models.folder import ModelFolder
 from tasks.publish import StepOutput, output_folder, remove_drafts, run_step, write_json
 from tasks.tracking import Run
 from tasks.train.use import USE_FILE, write_use
+
+if TYPE_CHECKING:
+    from tasks.train.memory.budget import Allowed
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +25,7 @@ ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json", TRAINING_FILE, U
 TRAINING_TAG = "tunesmith.training"
 """The fingerprint of what a run trains."""
 
-NO_PART = {"steps_per_save", "minutes_per_save", "prefix_cache_gb", "from_adapter"}
+NO_PART = {"steps_per_save", "minutes_per_save", "prefix_cache_gb", "from_adapter", "budget", "adapt"}
 """Settings that decide how often a run is saved and what may lie where, and not what it finds."""
 
 
@@ -36,13 +39,17 @@ def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput,
 
     Raises:
         InputError: the model does not allow the settings, as more layers than it has; or the run has
-            begun another training.
-        StepError: a loss or gradient is not finite.
+            begun another training; or it would take more memory than `train.budget`.
+        StepError: a loss or gradient is not finite; `OverBudget` when it takes more than was predicted.
     """
     from tasks.train.checkpoints import checkpoints_folder, owned, remove_checkpoints
+    from tasks.train.memory.budget import within_budget
     from tasks.train.starting_point import begin_from
 
     settings, start = begin_from(settings, model)
+    allowed = None
+    if not output_folder("train", training_inputs(settings, model, data, start)).is_dir():
+        settings, allowed = within_budget(settings, model, data)
     inputs = training_inputs(settings, model, data, start)
     target = output_folder("train", inputs)
     folder = checkpoints_folder(target.name)
@@ -50,7 +57,7 @@ def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput,
     with owned(folder, f"MLflow run {run.id}"):
         remove_drafts(target.parent, target.name)
         output = run_step(
-            "train", inputs, lambda draft: _train(draft, settings, model, data, inputs, run, start)
+            "train", inputs, lambda draft: _train(draft, settings, model, data, inputs, run, start, allowed)
         )
         remove_checkpoints(folder)
     training = output.read_json(TRAINING_FILE)
@@ -97,7 +104,10 @@ def _train(
     inputs: Mapping[str, Any],
     run: Run,
     start: Path | None,
+    allowed: Allowed | None,
 ) -> None:
+    import mlx.core as mx
+
     from tasks.models.load import load_model
     from tasks.prepare.splits import load_splits
     from tasks.train.adapters import (
@@ -111,6 +121,8 @@ def _train(
     from tasks.train.frozen_prefix import base_identity, without_frozen_layers
     from tasks.train.health import advice
     from tasks.train.loop import fit
+    from tasks.train.memory.calibration import learn
+    from tasks.train.memory_guard import MemoryGuard
     from tasks.train.quantised_base import check_base
     from tasks.train.starting_point import take_weights
     from tasks.train.targets import target_keys
@@ -125,11 +137,18 @@ def _train(
         take_weights(network, start)
     trainable = count_parameters(adapter_weights(network))
     run.set_tags({"tunesmith.trainable_parameters": trainable})
+    mx.reset_peak_memory()
     fitted = without_frozen_layers(
         network, {name: splits[name] for name in ("train", "valid")}, settings, base_identity(model)
     )
     checkpoints = Checkpoints(checkpoints_folder(output_folder("train", inputs).name), settings)
-    training = fit(network, fitted["train"], fitted["valid"], settings, run.report, checkpoints)
+    preparing = mx.get_peak_memory()
+    run.report(0, {"peak_memory_before_training": preparing / 1e9})
+    guard = MemoryGuard(allowed.budget_bytes) if allowed else None
+    training = fit(network, fitted["train"], fitted["valid"], settings, run.report, checkpoints, guard)
+    if allowed and allowed.estimate:
+        run.report(0, {"predicted_peak_memory": allowed.estimate.peak_bytes / 1e9})
+        learn(allowed.estimate, max(preparing, round(training.peak_memory * 1e9)))
     told = advice(training.history)
     for sentence in told:
         log.warning("%s", sentence)

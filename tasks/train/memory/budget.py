@@ -1,38 +1,111 @@
-"""How much memory a run may take."""
+"""Holding a run to its budget before it starts: refused, or changed so that it fits."""
 
 from __future__ import annotations
 
-import re
+import logging
+from dataclasses import dataclass
 
+from tasks.budget import parse_budget
+from tasks.config import TrainSettings
 from tasks.errors import InputError
+from tasks.models.folder import ModelFolder
+from tasks.prepare.splits import load_splits
+from tasks.publish import StepOutput
+from tasks.train.frozen_prefix import frozen_depth, worth_keeping
+from tasks.train.memory.estimate import Breakdown, MemoryEstimate, Prefixed
+from tasks.train.memory.fitting import Change, Plan, nearest_that_fits
+from tasks.train.memory.row_sizes import RowSizes
 
-UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+log = logging.getLogger(__name__)
+
+UNTRACEABLE = (AttributeError, TypeError, ValueError, IndexError, KeyError)
+"""What a model's code raises that is called in another way than mlx-lm's language models are, and MLX where it
+cannot export an operation."""
 
 
-def parse_budget(text: str, free_bytes: int) -> int:
-    """Bytes meant by `8GB`, `512MiB` or a share of `free_bytes` such as `75%`.
+@dataclass(frozen=True)
+class Allowed:
+    """What a run may take.
+
+    Attributes:
+        estimate: of its settings; None where the model's code cannot be traced.
+    """
+
+    budget_bytes: int
+    estimate: MemoryEstimate | None
+
+
+def within_budget(
+    settings: TrainSettings, model: ModelFolder, data: StepOutput
+) -> tuple[TrainSettings, Allowed]:
+    """The settings to train with, and the peak predicted for them.
+
+    With `train.adapt` settings over `train.budget` are changed in the order that costs least quality, and what
+    was changed is said.
 
     Raises:
-        InputError: anything else, zero, or a share over 100%.
+        InputError: over budget, with the breakdown and the nearest settings that fit.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[KMG]?i?B)\s*", text, re.IGNORECASE)
-    unit = match.group(2).upper() if match else ""
-    number = float(match.group(1)) if match else 0.0
-    if number <= 0 or (unit != "%" and unit not in UNITS) or (unit == "%" and number > 100):
-        raise InputError(f"budget '{text}': give an amount such as 8GB or 512MiB, or a share such as 75%")
-    return int(number / 100 * free_bytes) if unit == "%" else int(number * UNITS[unit])
+    budget_bytes = parse_budget(settings.budget, free_memory())
+    plan = plan_of(settings, model, data)
+    try:
+        estimate = plan.estimate()
+    except UNTRACEABLE as error:
+        log.warning("the memory of this model cannot be predicted (%s): train.budget holds while it runs", error)
+        return settings, Allowed(budget_bytes, None)
+    if estimate.peak_bytes <= budget_bytes:
+        return settings, Allowed(budget_bytes, estimate)
+    changes = nearest_that_fits(plan, budget_bytes, training_only=settings.adapt)
+    if not settings.adapt or not changes:
+        raise InputError(_refusal(settings, estimate, budget_bytes, changes or []))
+    for change in changes:
+        log.warning("to stay within %s: %s (%s)", settings.budget, " ".join(change.overrides), change.why)
+    adapted = changes[-1].plan
+    return adapted.settings, Allowed(budget_bytes, adapted.estimate())
+
+
+def plan_of(settings: TrainSettings, model: ModelFolder, data: StepOutput) -> Plan:
+    """What decides the memory of training on prepared data."""
+    splits = load_splits(data.path)
+    valid = splits["valid"].first(settings.valid_rows) if settings.valid_rows else splits["valid"]
+    layers = int(model.language_config()["num_hidden_layers"])
+    kept = worth_keeping(splits, settings) if frozen_depth(settings, layers) else set()
+    prefixed = Prefixed("train" in kept, "valid" in kept)
+    return Plan(settings, model.config(), RowSizes.of(splits["train"]), RowSizes.of(valid), prefixed)
+
+
+def in_words(parts: Breakdown) -> str:
+    """The parts of a breakdown, largest first, in GB."""
+    sizes = sorted(parts.parts().items(), key=lambda each: -each[1])
+    return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes if abs(size) >= 5e6)
 
 
 def free_memory() -> int:
-    """Bytes a run may take: Metal's recommended working set on a Mac, a GPU's own free memory, else what the
-    machine has available."""
+    """Bytes a run may take: Metal's recommended working set on a Mac, what a GPU of its own has free, else
+    what the machine has available."""
     import mlx.core as mx
     import psutil
 
-    from tasks.models.device import on_gpu
+    from tasks.models.device import own_memory_bytes
 
     if mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"])
-    if on_gpu() and "free_memory" in (told := mx.device_info()):
-        return int(told["free_memory"])
+    if own_memory_bytes():
+        return int(mx.device_info().get("free_memory", own_memory_bytes()))
     return int(psutil.virtual_memory().available)
+
+
+def _refusal(
+    settings: TrainSettings, estimate: MemoryEstimate, budget_bytes: int, changes: list[Change]
+) -> str:
+    told = (
+        f"train.budget = {settings.budget}: the run would take {estimate.peak_bytes / 1e9:.2f} GB while "
+        f"{estimate.phase}, of {budget_bytes / 1e9:.2f} GB ({in_words(estimate.at_peak)}, in GB)"
+    )
+    if not changes:
+        return f"{told}; no change of settings fits: take a smaller base, or raise train.budget"
+    overrides = " ".join(override for each in changes for override in each.overrides)
+    return (
+        f"{told}; with '{overrides}' it takes {changes[-1].peak_bytes / 1e9:.2f} GB: give those, "
+        "or train.adapt=true"
+    )

@@ -17,10 +17,9 @@ from mlx.utils import tree_flatten
 from tasks.config import TrainSettings
 from tasks.models.device import own_memory_bytes
 from tasks.models.folder import ModelFolder
-from tasks.prepare.splits import load_splits
 from tasks.publish import StepOutput
 from tasks.train.adapters import adapter_weights
-from tasks.train.frozen_prefix import LEAST_PASSES, frozen_depth, worth_keeping
+from tasks.train.frozen_prefix import LEAST_PASSES, frozen_depth
 from tasks.train.memory.backends import pace
 from tasks.train.memory.calibration import Calibration, calibration
 from tasks.train.memory.fusion import fused
@@ -134,17 +133,9 @@ def estimate_memory(settings: TrainSettings, model: ModelFolder, data: StepOutpu
     Raises:
         InputError: the model does not allow the settings.
     """
-    splits = load_splits(data.path)
-    valid = splits["valid"].first(settings.valid_rows) if settings.valid_rows else splits["valid"]
-    layers = int(model.language_config()["num_hidden_layers"])
-    kept = worth_keeping(splits, settings) if frozen_depth(settings, layers) else set()
-    return estimate_from_config(
-        settings,
-        model.config(),
-        RowSizes.of(splits["train"]),
-        RowSizes.of(valid),
-        Prefixed("train" in kept, "valid" in kept),
-    )
+    from tasks.train.memory.budget import plan_of
+
+    return plan_of(settings, model, data).estimate()
 
 
 def estimate_from_config(

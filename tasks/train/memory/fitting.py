@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from tasks.config import TrainSettings
 from tasks.errors import InputError
@@ -27,7 +26,6 @@ class Plan:
 
     Attributes:
         config: the base's `config.json`.
-        longest: tokens that rows are cut to; None where none is.
         prefixed: see `estimate_from_config`.
     """
 
@@ -36,13 +34,10 @@ class Plan:
     train: RowSizes
     valid: RowSizes
     prefixed: Prefixed | None = None
-    longest: int | None = None
 
     def estimate(self) -> MemoryEstimate:
         """The predicted peak."""
-        return estimate_from_config(
-            self.settings, self.config, self.train, self.valid, self.prefixed if self.longest is None else None
-        )
+        return estimate_from_config(self.settings, self.config, self.train, self.valid, self.prefixed)
 
     def with_settings(self, **changes: Any) -> Plan:
         """The plan with other settings."""
@@ -52,9 +47,11 @@ class Plan:
         """The plan on the base quantised."""
         return replace(self, config={**self.config, "quantization": {"bits": bits, "group_size": 64}})
 
-    def cut(self, tokens: int) -> Plan:
-        """The plan on rows of so many tokens at most; what is cut off was supervised."""
-        return replace(self, train=_cut(self.train, tokens), valid=_cut(self.valid, tokens), longest=tokens)
+    def rows_of(self, tokens: int) -> Plan:
+        """The plan on rows of that length, as much of them supervised as of the longest now."""
+        share = float(self.train.supervised.max() / self.train.lengths.max())
+        rows = RowSizes.alike(tokens, max(1, round(share * tokens)))
+        return replace(self, train=rows, valid=rows)
 
 
 @dataclass(frozen=True)
@@ -73,15 +70,18 @@ class Change:
     peak_bytes: int
 
 
-def nearest_that_fits(plan: Plan, budget_bytes: int) -> list[Change] | None:
+def nearest_that_fits(plan: Plan, budget_bytes: int, training_only: bool = False) -> list[Change] | None:
     """Changes, each after those before it, that bring the peak under the budget; None where none does.
 
     In the order that costs least quality: recompute, accumulate, 8 and 4 bits, fewer layers, lower rank. A
     change that saves nothing is left out.
+
+    Args:
+        training_only: leave the base as it is.
     """
     peak = plan.estimate().peak_bytes
     made: list[Change] = []
-    for overrides, why, change in _changes(plan):
+    for overrides, why, change in _changes(plan, training_only):
         if peak <= budget_bytes:
             break
         try:
@@ -91,8 +91,8 @@ def nearest_that_fits(plan: Plan, budget_bytes: int) -> list[Change] | None:
             continue
         if estimated < peak:
             plan, peak = changed, estimated
-            key = overrides.partition("=")[0]
-            made = [each for each in made if each.overrides[0].partition("=")[0] != key]
+            key = overrides.partition("=")[0]  # a later value of a setting takes the place of an earlier one
+            made = [each for each in made if not each.overrides[0].startswith(f"{key}=")]
             made.append(Change(tuple(overrides.split()), why, changed, peak))
     return made if peak <= budget_bytes else None
 
@@ -100,9 +100,10 @@ def nearest_that_fits(plan: Plan, budget_bytes: int) -> list[Change] | None:
 Steps = Iterator[tuple[str, str, Callable[[Plan], Plan]]]
 
 
-def _changes(plan: Plan) -> Steps:
+def _changes(plan: Plan, training_only: bool) -> Steps:
     yield from _of_speed(plan)
-    if on_gpu() and not {"quantization", "quantization_config"} & plan.config.keys():
+    stored = {"quantization", "quantization_config"} & plan.config.keys()
+    if on_gpu() and not stored and not training_only:
         for bits in BITS:
             override = f"model.quantize={{bits:{bits}}}"
             yield override, f"a base of {bits} bits", lambda plan, bits=bits: plan.with_bits(bits)
@@ -124,7 +125,7 @@ def _of_speed(plan: Plan) -> Steps:
 
 
 def _of_quality(settings: TrainSettings) -> Steps:
-    if settings.method == "soft-prompt":
+    if settings.method == "soft-prompt" or settings.from_adapter:
         return
     deepest = settings.num_layers if settings.num_layers > 0 else 1 << 30
     for depth in (depth for depth in DEPTHS if depth < deepest):
@@ -153,12 +154,11 @@ class Largest:
 
 def what_fits(plan: Plan, budget_bytes: int, layers: int) -> Iterator[Largest]:
     """The largest batch, number of layers, rank and row length, each by itself."""
-    longest = int(max(plan.train.lengths.max(), plan.valid.lengths.max()))
     scales: dict[str, tuple[Sequence[int], Callable[[Plan, int], Plan]]] = {
         "train.batch_size": ([1 << power for power in range(8)], _with("batch_size")),
-        "train.num_layers": ([depth for depth in _depths(layers)], _with("num_layers")),
+        "train.num_layers": (_depths(layers), _with("num_layers")),
         "train.rank": ([1 << power for power in range(2, 10)], _with("rank")),
-        "tokens a row": ([LEAST_LENGTH << power for power in range(10)], lambda plan, n: plan.alike(n, longest)),
+        "tokens a row": ([LEAST_LENGTH << power for power in range(10)], lambda plan, tokens: plan.rows_of(tokens)),
     }
     if plan.settings.method in ("full", "soft-prompt"):
         del scales["train.rank"]
@@ -170,3 +170,23 @@ def what_fits(plan: Plan, budget_bytes: int, layers: int) -> Iterator[Largest]:
             for recompute in (False, True)
         ]
         yield Largest(name, *found)
+
+
+def _depths(layers: int) -> list[int]:
+    return [*(1 << power for power in range(10) if 1 << power < layers), layers]
+
+
+def _with(name: str) -> Callable[[Plan, int], Plan]:
+    return lambda plan, value: plan.with_settings(**{name: value})
+
+
+def _largest(
+    plan: Plan, values: Sequence[int], change: Callable[[Plan, int], Plan], budget_bytes: int
+) -> int | None:
+    """The last of the ascending values whose peak is within the budget: memory grows with all of them."""
+
+    def over(value: int) -> bool:
+        return change(plan, value).estimate().peak_bytes > budget_bytes
+
+    place = bisect_left(values, True, key=over)
+    return values[place - 1] if place else None
