@@ -81,7 +81,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so long")
     parser.add_argument("--cells", type=Path, help="the file that measured cells are kept in")
     parser.add_argument("--fit", action="store_true", help="measure nothing: fit and judge what is kept")
-    parser.add_argument("--predict", action="store_true", help="measure nothing: predict all that is kept anew")
+    parser.add_argument(
+        "--predict", action="store_true", help="measure nothing: predict all that is kept anew"
+    )
     parser.add_argument("--budget", action="store_true", help="runs accepted under a budget")
     parser.add_argument("--quick", action="store_true", help="few and small")
     chosen = parser.parse_args()
@@ -225,7 +227,12 @@ def _fitted(cells: list[dict[str, Any]]) -> dict[str, float]:
     fitted = [cell for cell in cells if not _as_cell(cell).held_out] or cells
     tasks, ratio = fit_constants(fitted)
     print(f"tasks ahead {tasks}, ratio {ratio:.3f}, from {len(fitted)} of {len(cells)} runs")
-    figures: dict[str, float] = {"runs": len(cells), "held_out": len(held_out), "tasks": tasks, "ratio": ratio}
+    figures: dict[str, float] = {
+        "runs": len(cells),
+        "held_out": len(held_out),
+        "tasks": tasks,
+        "ratio": ratio,
+    }
     for name, some in (("", held_out or cells), ("_of_all", cells)):
         found = errors(some, tasks, ratio)
         figures[f"median_error{name}"] = statistics.median(map(abs, found))
@@ -241,7 +248,9 @@ def fit_constants(cells: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
     """The tasks ahead, of those predicted for, and the ratio that together leave the least worst error."""
     paces = [int(tasks) for tasks in cells[0]["predicted"]]
     ratios = np.arange(0.8, 1.2001, 0.005)
-    found = [(max(map(abs, errors(cells, tasks, ratio))), tasks, ratio) for tasks in paces for ratio in ratios]
+    found = [
+        (max(map(abs, errors(cells, tasks, ratio))), tasks, ratio) for tasks in paces for ratio in ratios
+    ]
     _, tasks, ratio = min(found, key=lambda each: (each[0], abs(each[2] - 1)))
     return tasks, float(ratio)
 

@@ -61,7 +61,7 @@ def use_fast_functions(model: nn.Module, others: Mapping[str, Callable[..., Any]
             if name in call.__code__.co_names and call.__globals__.get(name) is plain
         }
         if names:
-            module.__class__ = type(kind.__name__, (kind,), {"__call__": _with_names(call, names)})
+            module.__class__ = type(kind.__name__, (kind,), {"__call__": with_names(call, names)})
 
 
 def exp(x: mx.array) -> mx.array:
@@ -84,7 +84,7 @@ def softmax(scores: mx.array, mask: mx.array | None = None) -> mx.array:
     def masked(scores: mx.array) -> mx.array:
         if mask is not None:
             scores = mx.where(mask, scores, -mx.inf)
-        powers = _powers(scores, mx.max(scores, axis=-1, keepdims=True))
+        powers = scaled_powers(scores, mx.max(scores, axis=-1, keepdims=True))
         return powers * (1.0 / mx.sum(powers, axis=-1, keepdims=True))
 
     @masked.vjp
@@ -112,7 +112,7 @@ def _(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """Cross-entropy in nats, (count,), of float32 logits (count, vocabulary)."""
     highest = mx.max(logits, axis=-1, keepdims=True)
-    total = mx.sum(_powers(logits, highest), axis=-1, keepdims=True)
+    total = mx.sum(scaled_powers(logits, highest), axis=-1, keepdims=True)
     return (mx.log(total) + highest - _picked(logits, targets)).squeeze(-1)
 
 
@@ -121,7 +121,7 @@ def _(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
     logits, targets = primals
     weights = cotangent[:, None]
     # The logarithm of the sum of powers is the loss and the target's logit together.
-    gradient = _powers(logits, output[:, None] + _picked(logits, targets)) * weights
+    gradient = scaled_powers(logits, output[:, None] + _picked(logits, targets)) * weights
     of_targets = _picked(gradient, targets) - weights
     return mx.put_along_axis(gradient, targets[:, None], of_targets, axis=-1), mx.zeros_like(targets)
 
@@ -168,7 +168,7 @@ def _picked(values: mx.array, targets: mx.array) -> mx.array:
 
 
 @mx.compile
-def _powers(scores: mx.array, highest: mx.array) -> mx.array:
+def scaled_powers(scores: mx.array, highest: mx.array) -> mx.array:
     """e^(scores - highest), exactly 0 where that is too small to count: 2^-53 is a rounding of the sum."""
     shifted = scores - highest
     return mx.where(shifted > -60.0, exp(shifted), 0.0)
@@ -200,7 +200,7 @@ def _replacements() -> dict[str, tuple[Callable[..., mx.array], Any]]:
     }
 
 
-def _with_names(call: FunctionType, names: dict[str, Any]) -> FunctionType:
+def with_names(call: FunctionType, names: dict[str, Any]) -> FunctionType:
     """The same code, with other objects under some of its global names."""
     scope = {**call.__globals__, **names}
     made = FunctionType(call.__code__, scope, call.__name__, call.__defaults__, call.__closure__)

@@ -51,7 +51,9 @@ def within_budget(
     try:
         estimate = plan.estimate()
     except UNTRACEABLE as error:
-        log.warning("the memory of this model cannot be predicted (%s): train.budget holds while it runs", error)
+        log.warning(
+            "the memory of this model cannot be predicted (%s): train.budget holds while it runs", error
+        )
         return settings, Allowed(budget_bytes, None)
     if estimate.peak_bytes <= budget_bytes:
         return settings, Allowed(budget_bytes, estimate)
@@ -75,9 +77,14 @@ def plan_of(settings: TrainSettings, model: ModelFolder, data: StepOutput) -> Pl
 
 
 def in_words(parts: Breakdown) -> str:
-    """The parts of a breakdown, largest first, in GB."""
+    """The parts of a breakdown that count, largest first."""
     sizes = sorted(parts.parts().items(), key=lambda each: -each[1])
-    return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes if abs(size) >= 5e6)
+    return ", ".join(f"{name} {amount(size)}" for name, size in sizes if abs(size) >= 0.01 * parts.bytes)
+
+
+def amount(size_bytes: int) -> str:
+    """As GB, small ones as MB."""
+    return f"{size_bytes / 1e9:.2f} GB" if abs(size_bytes) >= 1e8 else f"{size_bytes / 1e6:.2f} MB"
 
 
 def free_memory() -> int:
@@ -99,13 +106,13 @@ def _refusal(
     settings: TrainSettings, estimate: MemoryEstimate, budget_bytes: int, changes: list[Change]
 ) -> str:
     told = (
-        f"train.budget = {settings.budget}: the run would take {estimate.peak_bytes / 1e9:.2f} GB while "
-        f"{estimate.phase}, of {budget_bytes / 1e9:.2f} GB ({in_words(estimate.at_peak)}, in GB)"
+        f"train.budget = {settings.budget}: the run would take {amount(estimate.peak_bytes)} while "
+        f"{estimate.phase}, of {amount(budget_bytes)} ({in_words(estimate.at_peak)})"
     )
     if not changes:
         return f"{told}; no change of settings fits: take a smaller base, or raise train.budget"
     overrides = " ".join(override for each in changes for override in each.overrides)
     return (
-        f"{told}; with '{overrides}' it takes {changes[-1].peak_bytes / 1e9:.2f} GB: give those, "
+        f"{told}; with '{overrides}' it takes {amount(changes[-1].peak_bytes)}: give those, "
         "or train.adapt=true"
     )

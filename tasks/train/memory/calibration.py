@@ -1,6 +1,6 @@
 """What measured runs say about the replay, kept in the cache for this machine, backend and version of MLX.
 
-    <cache>/memory/<device and version>.json    ratios of the latest runs, measured over predicted
+<cache>/memory/<device and version>.json    ratios of the latest runs, measured over predicted
 """
 
 from __future__ import annotations

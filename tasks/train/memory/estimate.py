@@ -321,7 +321,9 @@ class _Run:
             state = sum(part == "optimizer" for part in named.values())
             weights = len(adapter_weights(network))
             after = graph.outputs[-weights - state :]
-            named |= {value: "adapters" if place < weights else "optimizer" for place, value in enumerate(after)}
+            named |= {
+                value: "adapters" if place < weights else "optimizer" for place, value in enumerate(after)
+            }
 
         def name_of(value: Value) -> str:
             if value in named:

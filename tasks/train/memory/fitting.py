@@ -121,7 +121,11 @@ def _of_speed(plan: Plan) -> Steps:
         batch, steps = batch // 2, steps * 2
         given = {"batch_size": batch, "accumulation_steps": steps}
         override = f"train.batch_size={batch} train.accumulation_steps={steps}"
-        yield override, "the same update in smaller batches", lambda plan, given=given: plan.with_settings(**given)
+        yield (
+            override,
+            "the same update in smaller batches",
+            lambda plan, given=given: plan.with_settings(**given),
+        )
 
 
 def _of_quality(settings: TrainSettings) -> Steps:
@@ -158,7 +162,10 @@ def what_fits(plan: Plan, budget_bytes: int, layers: int) -> Iterator[Largest]:
         "train.batch_size": ([1 << power for power in range(8)], _with("batch_size")),
         "train.num_layers": (_depths(layers), _with("num_layers")),
         "train.rank": ([1 << power for power in range(2, 10)], _with("rank")),
-        "tokens a row": ([LEAST_LENGTH << power for power in range(10)], lambda plan, tokens: plan.rows_of(tokens)),
+        "tokens a row": (
+            [LEAST_LENGTH << power for power in range(10)],
+            lambda plan, tokens: plan.rows_of(tokens),
+        ),
     }
     if plan.settings.method in ("full", "soft-prompt"):
         del scales["train.rank"]

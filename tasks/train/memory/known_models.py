@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, "dtype": "bfloat16", "rope_theta": 500000.0}
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+    "rope_theta": 500000.0,
+}
 
 
 def _llama(
@@ -28,7 +33,9 @@ KNOWN_MODELS: Mapping[str, dict[str, Any]] = {
     "3B": _llama(3072, 8192, 28, 24, 8, 128256, tied=True),  # meta-llama/Llama-3.2-3B
     "7B": _llama(4096, 11008, 32, 32, 32, 32000),  # meta-llama/Llama-2-7b-hf
     "13B": _llama(5120, 13824, 40, 40, 40, 32000),  # meta-llama/Llama-2-13b-hf
-    "33B": _llama(6656, 17920, 60, 52, 52, 32000),  # LLaMA 33B (Touvron et al. 2023, arXiv:2302.13971, table 2)
+    "33B": _llama(
+        6656, 17920, 60, 52, 52, 32000
+    ),  # LLaMA 33B (Touvron et al. 2023, arXiv:2302.13971, table 2)
     "70B": _llama(8192, 28672, 80, 64, 8, 32000),  # meta-llama/Llama-2-70b-hf
 }
 

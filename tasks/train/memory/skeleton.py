@@ -16,6 +16,7 @@ from tasks.train.memory.traced_functions import (
     cpu_stand_ins,
     fused_attention_stand_in,
     use_dequantised_stand_ins,
+    use_expert_stand_ins,
 )
 from tasks.train.outline import outline
 from tasks.train.targets import target_keys
@@ -53,6 +54,7 @@ def with_adapter(network: nn.Module, settings: TrainSettings) -> nn.Module:
     """
     keys = target_keys(network, settings.targets, settings.num_layers)
     add_adapter(network, adapter_config(settings, len(network.layers), keys), settings.seed)
+    use_expert_stand_ins(network)
     return network
 
 

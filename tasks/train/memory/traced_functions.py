@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from tasks.models.cpu_functions import _powers, attention, exp
+from tasks.models.cpu_functions import attention, exp, scaled_powers, with_names
 from tasks.models.quantised_products import LEAST_ROWS, dequantised, dequantised_product, shares_weights
 from tasks.train.memory.graph import instead_of, recomputed
 
@@ -30,7 +30,7 @@ def fused_attention_stand_in() -> dict[str, Callable[..., Any]]:
 def softmax(scores: mx.array, mask: mx.array | None = None) -> mx.array:
     """Of `cpu_functions.softmax`, whose gradient reads its output only."""
     masked = scores if mask is None else mx.where(mask, scores, -mx.inf)
-    powers = _powers(masked, mx.max(masked, axis=-1, keepdims=True))
+    powers = scaled_powers(masked, mx.max(masked, axis=-1, keepdims=True))
     output = mx.stop_gradient(powers * (1.0 / mx.sum(powers, axis=-1, keepdims=True)))
     return instead_of(output, output * (scores - mx.sum(output * scores, axis=-1, keepdims=True)))
 
@@ -48,9 +48,9 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     fixed = mx.stop_gradient(logits)
     highest = mx.max(fixed, axis=-1, keepdims=True)
     picked = mx.take_along_axis(fixed, targets[:, None], axis=-1)
-    total = mx.sum(_powers(fixed, highest), axis=-1, keepdims=True)
+    total = mx.sum(scaled_powers(fixed, highest), axis=-1, keepdims=True)
     losses = mx.log(total) + highest - picked
-    gradient = mx.put_along_axis(_powers(fixed, losses + picked), targets[:, None], picked, axis=-1)
+    gradient = mx.put_along_axis(scaled_powers(fixed, losses + picked), targets[:, None], picked, axis=-1)
     return instead_of(losses.squeeze(-1), mx.sum(logits * gradient, axis=-1))
 
 
@@ -94,8 +94,41 @@ def _dequantised(layer: nn.Module, x: mx.array) -> mx.array:
     return recomputed(lambda x, packed: x @ dequantised(layer, packed).T, x, layer["weight"])
 
 
+def use_expert_stand_ins(model: nn.Module) -> None:
+    """Of LoRA on experts, whose gradient is a product by segments."""
+    from mlx_lm.tuner.lora import LoRASwitchLinear
+
+    call: Any = LoRASwitchLinear.__call__
+    traced = type(
+        LoRASwitchLinear.__name__, (LoRASwitchLinear,), {"__call__": with_names(call, {"mx": _Traced()})}
+    )
+    for module in model.modules():
+        if type(module) is LoRASwitchLinear:
+            module.__class__ = traced
+
+
+class _Traced:
+    """`mlx.core` but for one function."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(mx, name)
+
+    def gather_mm(self, x: mx.array, weight: mx.array, **places: Any) -> mx.array:
+        """(…, 1, inputs) times those of (experts, inputs, outputs) that it is routed to."""
+        fixed = mx.stop_gradient(weight)
+        of_weight = mx.stop_gradient(x) @ mx.sum(weight, axis=0)  # as large as the gradient of each expert
+        value = mx.gather_mm(x, fixed, **places)
+        return value + instead_of(mx.zeros(()), mx.sum(of_weight))
+
+
 def fused_attention(
-    queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: Any,
+    sinks: Any = None,
 ) -> mx.array:
     """Of attention by one kernel each way: (batch, heads, length, head_dim); scores are never there."""
     batch, heads, length, width = queries.shape

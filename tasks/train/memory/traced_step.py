@@ -104,6 +104,7 @@ def validation_graph(network: nn.Module, shape: BatchShape) -> Graph:
 
 def forward_graph(network: nn.Module, rows: int, length: int, heard: int) -> Graph:
     """The first `heard` layers over a batch of tokens, as a prefix is built."""
+
     def forward(**arrays: mx.array) -> list[mx.array]:
         _take(network, arrays)
         with listening(network, [heard]) as hear:
@@ -184,7 +185,9 @@ def _recomputed_head(network: nn.Module, plain: Callable[[mx.array], mx.array], 
 
 
 def _trained_outside_layers(network: nn.Module) -> list[tuple[str, mx.array]]:
-    inside = {id(array) for layer in network.layers for _, array in tree_flatten(layer.trainable_parameters())}
+    inside = {
+        id(array) for layer in network.layers for _, array in tree_flatten(layer.trainable_parameters())
+    }
     flat: list[tuple[str, mx.array]] = tree_flatten(network.trainable_parameters())
     return [(name, array) for name, array in flat if id(array) not in inside]
 
@@ -276,7 +279,10 @@ def optimizer_bytes(network: nn.Module, settings: TrainSettings) -> int:
 
 
 def _gradients(network: nn.Module) -> dict[str, mx.array]:
-    return {f"{GRADIENT}.{name}": mx.zeros(each.shape, each.dtype) for name, each in adapter_weights(network).items()}
+    return {
+        f"{GRADIENT}.{name}": mx.zeros(each.shape, each.dtype)
+        for name, each in adapter_weights(network).items()
+    }
 
 
 def _state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
