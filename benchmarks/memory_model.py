@@ -6,18 +6,20 @@
     python benchmarks/memory_model.py --fit                # constants from the cells kept, and their errors
     python benchmarks/memory_model.py --budget --runs 100  # settings accepted under a budget, and their peaks
 
-Each run is the product's own (`without_frozen_layers`, then `fit`), of two updates and two validations on made
-rows of one length, in a process of its own: where memory ends, a CPU build of MLX ends the process. The measured
-peak is `mx.get_peak_memory` from the loaded base on, in two phases: making ready (frozen prefix, first look) and
-training; the larger is the run's. Base models are the bundled one and random weights in the shapes of others
+Each run is the product's own (`without_frozen_layers`, then `fit`), of two updates and two validations on
+made rows of one length, in a process of its own: where memory ends, a CPU build of MLX ends the process. The
+measured peak is `mx.get_peak_memory` from the loaded base on, in two phases: making ready (frozen prefix,
+first
+look) and training; the larger is the run's. Base models are the bundled one and random weights in the
+shapes of others
 (`step_models.py`): float32 on CPU, bfloat16 or 4 bits on a GPU.
 
-A quarter of the cells, fixed by their names, is held out: constants are fitted to the others, errors are of the
-held-out ones (`median_error`, `max_error`, `worst_underprediction`), and of all (`…_of_all`). Cells are kept in a
-file as they are measured, and a run that was cut off goes on from there.
+A quarter of the cells, fixed by their names, is held out: constants are fitted to the others, errors are of
+the held-out ones (`median_error`, `max_error`, `worst_underprediction`), and of all (`…_of_all`). Cells are
+kept in a file as they are measured, and a run that was cut off goes on from there.
 
-`--budget` draws settings at random until the model has accepted as many as wanted, each under a budget drawn with
-it, less a margin of 1 GB, runs them, and counts those that went over (`over_budget`).
+`--budget` draws settings at random until the model has accepted as many as wanted, each under a budget
+drawn with it, less a margin of 1 GB, runs them, and counts those that went over (`over_budget`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The memory model: what it counts, that its replay is what MLX does, for every architecture, and its uses."""
+"""The memory model: what it counts, that its replay is what MLX does, and what it is used for."""
 
 from __future__ import annotations
 

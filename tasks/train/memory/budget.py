@@ -19,8 +19,8 @@ from tasks.train.memory.row_sizes import RowSizes
 log = logging.getLogger(__name__)
 
 UNTRACEABLE = (AttributeError, TypeError, ValueError, IndexError, KeyError)
-"""What a model's code raises that is called in another way than mlx-lm's language models are, and MLX where it
-cannot export an operation."""
+"""What a model's code raises that is called in another way than mlx-lm's language models are, and MLX where
+it cannot export an operation."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def within_budget(
 ) -> tuple[TrainSettings, Allowed]:
     """The settings to train with, and the peak predicted for them.
 
-    With `train.adapt` settings over `train.budget` are changed in the order that costs least quality, and what
-    was changed is said.
+    With `train.adapt` settings over `train.budget` are changed in the order that costs least quality, and
+    what was changed is said.
 
     Raises:
         InputError: over budget, with the breakdown and the nearest settings that fit.

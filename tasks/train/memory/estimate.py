@@ -1,7 +1,8 @@
 """The peak memory of a run before it starts: from a model's config, the settings and the rows' sizes alone.
 
-Each kind of work of a run, a phase, is traced through the product's own modules without weights (`traced_step`),
-fused as `mx.compile` does (`fusion`) and replayed as MLX carries it out (`replay`). The run's peak is that of
+Each kind of work of a run, a phase, is traced through the product's own modules without weights
+(`traced_step`), fused as `mx.compile` does (`fusion`) and replayed as MLX carries it out (`replay`). The
+run's peak is that of
 its largest phase.
 """
 

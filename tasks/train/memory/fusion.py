@@ -1,8 +1,8 @@
 """Which element-wise operations `mx.compile` makes one of: what is between them never takes memory.
 
 The rules are those of MLX 0.32.4 (`compile_fuse` in mlx/compile.cpp): from each operation, last first, all
-that lead to it are taken in that are element-wise, to a depth of 11, as long as nothing outside needs them and
-fewer than 24 arrays go in.
+that lead to it are taken in that are element-wise, to a depth of 11, as long as nothing outside needs them
+and fewer than 24 arrays go in.
 """
 
 from __future__ import annotations
@@ -15,10 +15,61 @@ from tasks.train.memory.graph import Graph, Operation, Value
 MOST_DEEP, MOST_INPUTS = 11, 24
 
 ELEMENTWISE = frozenset(
-    """Abs Add ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTan2 ArcTanh AsType BitwiseBinary BitwiseInvert Ceil Cos
-    Cosh Divide Equal Erf ErfInv Exp Expm1 Floor Greater GreaterEqual Less LessEqual Log Log1p Log2 Log10
-    LogAddExp LogicalAnd LogicalNot LogicalOr Maximum Minimum Multiply Negative NotEqual Power Remainder Round
-    Rsqrt Select Sigmoid Sign Sin Sinh Sqrt Square Subtract Tan Tanh""".split()
+    [
+        "Abs",
+        "Add",
+        "ArcCos",
+        "ArcCosh",
+        "ArcSin",
+        "ArcSinh",
+        "ArcTan",
+        "ArcTan2",
+        "ArcTanh",
+        "AsType",
+        "BitwiseBinary",
+        "BitwiseInvert",
+        "Ceil",
+        "Cos",
+        "Cosh",
+        "Divide",
+        "Equal",
+        "Erf",
+        "ErfInv",
+        "Exp",
+        "Expm1",
+        "Floor",
+        "Greater",
+        "GreaterEqual",
+        "Less",
+        "LessEqual",
+        "Log",
+        "Log1p",
+        "Log2",
+        "Log10",
+        "LogAddExp",
+        "LogicalAnd",
+        "LogicalNot",
+        "LogicalOr",
+        "Maximum",
+        "Minimum",
+        "Multiply",
+        "Negative",
+        "NotEqual",
+        "Power",
+        "Remainder",
+        "Round",
+        "Rsqrt",
+        "Select",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Sinh",
+        "Sqrt",
+        "Square",
+        "Subtract",
+        "Tan",
+        "Tanh",
+    ]
 )
 
 

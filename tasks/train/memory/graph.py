@@ -1,7 +1,7 @@
 """A computation as MLX would carry it out, without carrying it out: its operations, shapes and sizes.
 
-`mx.export_function` traces a Python function over arrays that are never evaluated and hands out the graph that
-it found, an operation at a time. Nothing is computed and no memory is taken.
+`mx.export_function` traces a Python function over arrays that are never evaluated and hands out the graph
+that it found, an operation at a time. Nothing is computed and no memory is taken.
 """
 
 from __future__ import annotations

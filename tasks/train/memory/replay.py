@@ -6,7 +6,8 @@ Rules of MLX 0.32.4, by file of its source:
 - A view takes no memory and keeps what it looks at (mlx/backend/common/common.cpp); a reshape is one where
   strides allow it.
 - An element-wise operation writes into an input that nobody else holds (`is_donatable` in mlx/array.h).
-- A matrix product copies an operand whose last two axes are neither rows nor columns (mlx/backend/cpu/matmul.cpp).
+- A matrix product copies an operand whose last two axes are neither rows nor columns
+  (mlx/backend/cpu/matmul.cpp).
 - What an operation reads is held until it is done, and MLX runs ahead of the machine: memory is taken when an
   operation is handed over, given back when it is done. `Pace` says how far ahead.
 """
@@ -16,8 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +29,26 @@ WIDTH = 20
 """MLX_BFS_MAX_WIDTH."""
 
 VIEWS = frozenset(
-    """AsStrided Broadcast BroadcastAxes Copy Depends ExpandDims Flatten Reshape Slice Split Squeeze StopGradient
-    Transpose Unflatten View""".split()
+    [
+        "AsStrided",
+        "Broadcast",
+        "BroadcastAxes",
+        "Copy",
+        "Depends",
+        "ExpandDims",
+        "Flatten",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "StopGradient",
+        "Transpose",
+        "Unflatten",
+        "View",
+    ]
 )
 
-RESHAPES = frozenset("Flatten Reshape Unflatten".split())
+RESHAPES = frozenset(["Flatten", "Reshape", "Unflatten"])
 
 REUSING = ELEMENTWISE | {"Compiled", "Softmax", "SliceUpdate", "Scatter", "RMSNorm", "LayerNorm", "RoPE"}
 """Operations that write into an input of the output's size when they may."""
@@ -139,8 +154,8 @@ class _Replay:
         self._look("start")
         for operation in ordered(self.graph):
             self._carry_out(operation)
-        _, held, operation = self.peak
-        return Moment({name: count for name, count in held.items() if count}, operation)
+        _, held, during = self.peak
+        return Moment({name: count for name, count in held.items() if count}, during)
 
     def _carry_out(self, operation: Operation) -> None:
         sources = [self.arrays[value] for value in operation.inputs]

@@ -1,4 +1,5 @@
-"""Stand-ins, in a trace, for what MLX cannot export: the same arrays read, made and kept, not the same numbers.
+"""Stand-ins, in a trace, for what MLX cannot export: the same arrays read, made and kept, not the same
+numbers.
 
 MLX (0.32.4) exports neither custom functions nor the gradient of fused attention. Remove these when it does.
 """
@@ -55,7 +56,8 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
 
 
 def fused_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """Of MLX's fused cross-entropy: the logits and a number a row are kept, their gradient is one operation."""
+    """Of MLX's fused cross-entropy: the logits and a number a row are kept, their gradient is one
+    operation."""
     fixed = mx.stop_gradient(logits)
     total = mx.logsumexp(fixed, axis=-1, keepdims=True)
     losses = (total - mx.take_along_axis(fixed, targets[:, None], axis=-1)).squeeze(-1)
@@ -136,5 +138,5 @@ def fused_attention(
     shared = queries.reshape(batch, groups, heads // groups, length, width)
     keys, values = keys[:, :, None], values[:, :, None]
     parts = ((shared, keys), (keys, values), (values, shared))
-    followed = sum(one * mx.stop_gradient(other) for one, other in parts)
-    return instead_of(shared * keys * values, followed).reshape(queries.shape)
+    first, second, third = (one * mx.stop_gradient(other) for one, other in parts)
+    return instead_of(shared * keys * values, first + second + third).reshape(queries.shape)

@@ -1,4 +1,5 @@
-"""The graphs of a training run's work, traced through the product's own modules on a network without weights."""
+"""The graphs of a training run's work, traced through the product's own modules on a network without
+weights."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from tasks.config import TrainSettings
 from tasks.models.device import on_gpu
