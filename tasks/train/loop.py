@@ -19,10 +19,10 @@ from tasks.progress import progress
 from tasks.train.adapters import adapter_weights
 from tasks.train.batches import Group, update_groups, updates_per_epoch
 from tasks.train.checkpoints import Checkpoints
+from tasks.train.footprint import process_footprint
 from tasks.train.gradient_checkpoint import gradient_checkpoint
 from tasks.train.interrupt import PutOffSignals
 from tasks.train.loss import mean_loss
-from tasks.train.memory.footprint import process_footprint
 from tasks.train.memory_guard import MemoryGuard
 from tasks.train.optimizers import make_optimizer, optimizer_state, restore_optimizer
 from tasks.train.soft_prompt import prefix_ids, with_prefix
