@@ -46,6 +46,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 512,
         "rope_theta": 10000.0,
     },
+    "smollm2-360m": {  # config.json of HuggingFaceTB/SmolLM2-360M-Instruct
+        **LLAMA,
+        "hidden_size": 960,
+        "num_hidden_layers": 32,
+        "intermediate_size": 2560,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100000.0,
+    },
     "tinyllama-1.1b": {  # config.json of TinyLlama/TinyLlama-1.1B-Chat-v1.0
         **LLAMA,
         "hidden_size": 2048,
@@ -78,7 +90,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-MODELS = (BUNDLED, *(name for name in SHAPES if name != "tiny"))
+NOT_TIMED = ("tiny", "smollm2-360m")
+MODELS = (BUNDLED, *(name for name in SHAPES if name not in NOT_TIMED))
 METHODS = ("lora", "qlora")
 BITS, GROUP_SIZE = 4, 64
 

@@ -12,6 +12,7 @@ from cyclopts import CycloptsError
 
 from flows.verbs import (  # noqa: F401  (each adds its verbs)
     data,
+    estimate,
     export,
     judge,
     look,

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from tasks.budget import parse_budget
 from tasks.errors import InputError
 
 
@@ -137,6 +138,15 @@ class DataSettings(Section):
     seed: int = Field(0, description="decides which row goes to which split")
 
 
+def _amount(text: str) -> str:
+    """A budget as `tasks.budget` reads it."""
+    try:
+        parse_budget(text, free_bytes=1)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
 class TrainSettings(Section):
     """The training loop."""
 
@@ -173,6 +183,10 @@ class TrainSettings(Section):
         "auto", description="compute the layers below the adapted ones once per row; auto: where that pays"
     )
     prefix_cache_gb: float = Field(20.0, gt=0, description="disk for what they gave, of all runs together")
+    budget: Annotated[str, AfterValidator(_amount)] = Field(
+        "75%", description="memory for the run: 8GB, 512MB, or a share of what is free: 75%"
+    )
+    adapt: bool = Field(False, description="over budget: change what costs least quality, and say so")
     grad_checkpoint: bool = Field(False, description="recompute activations: less memory, a third slower")
     epochs: float = Field(1.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(None, ge=1, description="stop earlier, after this many updates")

@@ -1,23 +1,39 @@
-"""The rough memory estimate counts what it can count exactly and grows with what costs memory."""
+"""The memory model: what it counts, that its replay is what MLX does, and what it is used for."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.utils import load_model, save_model
+from tiny_networks import COMMON, CONFIGS
 
 from tasks.config import TrainSettings
+from tasks.errors import InputError
 from tasks.models.device import on_gpu
 from tasks.models.folder import ModelFolder
 from tasks.prepare.splits import TokenRows, save_splits
 from tasks.publish import StepOutput
 from tasks.train.adapters import adapter_config, adapter_weights, add_adapter, count_parameters
-from tasks.train.memory import MemoryEstimate, estimate_memory, weights_bytes
+from tasks.train.memory.backends import CPU
+from tasks.train.memory.budget import in_words, within_budget
+from tasks.train.memory.calibration import CHANGING, Calibration, calibration, learn
+from tasks.train.memory.estimate import Breakdown, MemoryEstimate, estimate_from_config, estimate_memory
+from tasks.train.memory.fitting import Plan, nearest_that_fits, what_fits
+from tasks.train.memory.fusion import fused
+from tasks.train.memory.graph import graph_of, instead_of
+from tasks.train.memory.replay import highest
+from tasks.train.memory.row_sizes import RowSizes
+from tasks.train.outline import outline
+
+ROWS = RowSizes.alike(length=65, supervised=32)
+TINY = {**COMMON, "model_type": "llama"}
+
+TRACED = [kind for kind in CONFIGS if kind not in ("rwkv7", "mamba")]
+"""Recurrent networks are no architecture of the training speed's proof."""
 
 
 @pytest.fixture
@@ -26,36 +42,182 @@ def data(tmp_path: Path, token_rows: TokenRows) -> StepOutput:
     return StepOutput(tmp_path, "data", False, 0.0)
 
 
-def estimate(model: ModelFolder, data: StepOutput, **changes: object) -> MemoryEstimate:
-    settings = {"num_layers": 2, "rank": 4, "batch_size": 2, **changes}
-    return estimate_memory(TrainSettings.model_validate(settings), model, data)
+def plan(**changes: object) -> Plan:
+    settings = TrainSettings.model_validate(
+        {"num_layers": 2, "rank": 4, "batch_size": 4, "frozen_prefix": "never", **changes}
+    )
+    return Plan(settings, TINY, ROWS, ROWS)
 
 
-def test_adapters_are_counted_exactly_with_gradient_and_two_moments(
-    tiny_model: ModelFolder, data: StepOutput
-) -> None:
-    network, _ = load_model(tiny_model.path)
+def peak(**changes: object) -> int:
+    return plan(**changes).estimate().phases["training"].bytes
+
+
+def steps_of_layers(x: mx.array, **weights: mx.array) -> list[mx.array]:
+    def loss(*weights: mx.array) -> mx.array:
+        hidden = x
+        for weight in weights:
+            hidden = hidden + mx.tanh(hidden @ weight) * mx.sigmoid(hidden)
+        return mx.sum(hidden * hidden)
+
+    value, gradient = mx.value_and_grad(loss, argnums=list(range(len(weights))))(*weights.values())
+    return [value, *gradient]
+
+
+@pytest.mark.skipif(on_gpu(), reason="the pace is that of the CPU backend")
+@pytest.mark.compiled
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_replay_of_a_gradient_is_the_memory_that_mlx_takes_for_it(compiled: bool) -> None:
+    arrays = {"x": mx.ones((3000, 768)), **{f"w{place}": mx.ones((768, 768)) for place in range(8)}}
+    graph = graph_of(steps_of_layers, arrays)
+    replayed = highest(fused(graph) if compiled else graph, CPU, lambda value: "all", list(arrays))
+    mx.eval(arrays)
+    held = mx.get_active_memory() - sum(array.nbytes for array in arrays.values())  # of other tests
+    compute: Callable[..., Any] = mx.compile(steps_of_layers) if compiled else steps_of_layers
+    mx.eval(compute(**arrays))  # the first time it is compiled, and waits for that
+    mx.reset_peak_memory()
+    mx.eval(compute(**arrays))
+    assert replayed.bytes == pytest.approx(mx.get_peak_memory() - held, rel=0.05)
+
+
+def names(function: Callable[..., Sequence[mx.array]], compile_too: bool = False) -> list[str]:
+    graph = graph_of(function, {"x": mx.zeros((4, 8))})
+    return [each.name for each in (fused(graph) if compile_too else graph).operations]
+
+
+def test_elementwise_operations_become_one_and_others_do_not() -> None:
+    assert names(lambda x: [mx.exp(mx.sin(x)) * 2.0], compile_too=True) == ["Compiled"]
+    assert names(lambda x: [mx.exp(mx.cumsum(mx.sin(x)))], compile_too=True).count("Compiled") == 0
+
+
+def test_what_stands_in_has_the_operations_of_one_function_and_the_gradient_of_another() -> None:
+    def forward(x: mx.array) -> mx.array:
+        return mx.sum(instead_of(mx.exp(x), mx.tan(x)))
+
+    assert "Exp" in names(lambda x: [forward(x)])
+    assert "Tan" not in names(lambda x: [forward(x)])
+    backward = names(lambda x: [mx.grad(forward)(x)])
+    assert "Cos" in backward
+    assert "Exp" not in backward
+
+
+@pytest.mark.parametrize("kind", TRACED)
+def test_every_architecture_is_estimated_from_its_config_alone(kind: str) -> None:
+    config = {**COMMON, "model_type": kind, **CONFIGS[kind]}
+    found = estimate_from_config(TrainSettings(num_layers=2, batch_size=2), config, ROWS)
+    training = found.phases["training"]
+    assert min(training.weights, training.adapters, training.optimizer, training.activations) > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "full"},
+        {"method": "full", "num_layers": -1},
+        {"method": "dora"},
+        {"method": "soft-prompt"},
+        {"accumulation_steps": 2},
+        {"grad_checkpoint": True},
+        *({"optimizer": name} for name in ("adam", "sgd", "lion", "adafactor", "muon")),
+    ],
+)
+def test_every_way_of_training_is_estimated(settings: dict[str, object]) -> None:
+    assert peak(**settings) > 0
+
+
+def test_optimizer_states_are_counted_exactly() -> None:
+    network = outline(TINY)
     add_adapter(network, adapter_config(TrainSettings(num_layers=2, rank=4), 4), seed=0)
     parameters = count_parameters(adapter_weights(network))
-    assert estimate(tiny_model, data).adapters == 4 * 4 * parameters
-
-
-@pytest.mark.skipif(on_gpu(), reason="on a GPU weights stay as stored")
-def test_on_cpu_a_quantised_base_counts_as_the_float32_it_becomes(
-    tiny_model: ModelFolder, tmp_path: Path
-) -> None:
-    network, config = load_model(tiny_model.path)
-    plain_bytes = sum(array.nbytes for _, array in tree_flatten(network.parameters()))
-    assert weights_bytes(tiny_model.path, config) == plain_bytes
-    network.set_dtype(mx.bfloat16)
-    nn.quantize(network, group_size=32, bits=4)
-    save_model(tmp_path / "quantised", network)
-    quantised = json.loads(json.dumps(config)) | {"quantization": {"group_size": 32, "bits": 4}}
-    assert weights_bytes(tmp_path / "quantised", quantised) == plain_bytes
+    for name, states in (("adamw", 2), ("sgd", 1)):
+        counted = plan(optimizer=name).estimate().phases["validation"].optimizer
+        assert counted == pytest.approx(4 * states * parameters, abs=64)
 
 
 @pytest.mark.parametrize("larger", [{"num_layers": -1}, {"rank": 64}, {"batch_size": 8}])
-def test_more_layers_rank_and_rows_cost_more(
-    tiny_model: ModelFolder, data: StepOutput, larger: dict[str, object]
+def test_more_layers_rank_and_rows_cost_more(larger: dict[str, object]) -> None:
+    assert peak(**larger) > peak()
+
+
+def test_layers_below_the_injection_are_no_longer_in_memory() -> None:
+    freed = plan(frozen_prefix="always").estimate().phases["training"].weights
+    assert freed < plan(frozen_prefix="never").estimate().phases["training"].weights
+
+
+def test_prepared_rows_and_their_sizes_give_the_same(tiny_model: ModelFolder, data: StepOutput) -> None:
+    settings = TrainSettings(num_layers=2, rank=4, batch_size=2, epochs=2)
+    assert estimate_memory(settings, tiny_model, data).peak_bytes > 0
+
+
+def test_a_plan_over_budget_is_changed_in_the_order_that_costs_least() -> None:
+    deep = plan(num_layers=-1, batch_size=4, rank=64)
+    shallow = deep.with_settings(grad_checkpoint=True, batch_size=1, accumulation_steps=4, num_layers=1)
+    budget = shallow.estimate().peak_bytes
+    changes = nearest_that_fits(deep, budget)
+    assert changes is not None
+    assert changes[-1].plan.estimate().peak_bytes == changes[-1].peak_bytes <= budget
+    given = [override.partition("=")[0] for change in changes for override in change.overrides]
+    order = ["train.grad_checkpoint", "train.batch_size", "train.num_layers", "train.rank"]
+    places = [order.index(name) for name in given if name in order]
+    assert places == sorted(places)
+    assert places
+
+
+def test_what_cannot_fit_is_said_and_what_fits_is_left_alone() -> None:
+    assert nearest_that_fits(plan(batch_size=1, rank=4, num_layers=1), 1000) is None
+    assert nearest_that_fits(plan(), 10**12) == []
+
+
+@pytest.mark.slow
+def test_the_largest_that_fits_fits_and_the_next_does_not() -> None:
+    budget = plan(batch_size=8).estimate().peak_bytes
+    found = {each.setting: each for each in what_fits(plan(), budget, layers=4)}
+    assert found["train.batch_size"].plain == 8
+
+
+def test_a_run_over_its_budget_is_refused_with_parts_and_settings_that_fit(
+    tiny_model: ModelFolder, data: StepOutput
 ) -> None:
-    assert estimate(tiny_model, data, **larger).peak_bytes > estimate(tiny_model, data).peak_bytes
+    settings = TrainSettings(num_layers=-1, batch_size=8, budget="1MB")
+    with pytest.raises(InputError, match=r"train\.budget = 1MB.*MB while .*weights"):
+        within_budget(settings, tiny_model, data)
+    kept, allowed = within_budget(settings.model_copy(update={"budget": "8GB"}), tiny_model, data)
+    assert kept.num_layers == -1
+    assert allowed.budget_bytes == 8 * 10**9
+
+
+def test_a_run_over_its_budget_is_adapted_when_asked_for(tiny_model: ModelFolder, data: StepOutput) -> None:
+    settings = TrainSettings(num_layers=-1, batch_size=8, rank=64, adapt=True)
+    _, allowed = within_budget(settings.model_copy(update={"num_layers": 1}), tiny_model, data)
+    assert allowed.estimate is not None
+    budget = f"{allowed.estimate.peak_bytes / 1e6 + 0.01:.3f}MB"
+    adapted, allowed = within_budget(settings.model_copy(update={"budget": budget}), tiny_model, data)
+    assert adapted.grad_checkpoint
+    assert allowed.estimate is not None
+    assert allowed.estimate.peak_bytes <= allowed.budget_bytes
+
+
+def test_measured_runs_calibrate_and_outliers_do_not() -> None:
+    replayed = Breakdown(weights=1000, activations=10_000)
+    estimate = MemoryEstimate({"training": replayed})
+    for measured in (12_000, 12_000):
+        learn(estimate, measured)
+    assert calibration() == Calibration()
+    for measured in (12_000, 50_000, 2_000, 12_000):
+        learn(estimate, measured)
+    assert calibration().ratio == pytest.approx(1.1)
+    assert calibration().applied(replayed).bytes == 12_000
+    assert set(CHANGING) < set(replayed.parts())
+
+
+def test_a_damaged_calibration_counts_for_none(home: Path) -> None:
+    for _ in range(3):
+        learn(MemoryEstimate({"training": Breakdown(activations=1000)}), 1100)
+    [file] = (home / "cache" / "memory").glob("*.json")
+    assert len(json.loads(file.read_text())) == 3
+    file.write_text("[1.1, ")
+    assert calibration() == Calibration()
+
+
+def test_a_breakdown_is_told_largest_first() -> None:
+    assert in_words(Breakdown(weights=10**9, logits=2 * 10**9)) == "logits 2.00 GB, weights 1.00 GB"

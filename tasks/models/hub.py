@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tasks.errors import InputError, OutageError
 from tasks.patience import may_heal
@@ -26,13 +29,29 @@ def download_model(repo: str, revision: str | None) -> Path:
     Raises:
         InputError: the hub cannot be reached (an OutageError), or knows no such model or revision.
     """
+    return _downloaded(repo, revision, PATTERNS)
+
+
+def download_config(repo: str, revision: str | None) -> dict[str, Any]:
+    """The `config.json` of a hub model, without its weights.
+
+    Raises:
+        InputError: as `download_model`.
+    """
+    config: dict[str, Any] = json.loads(
+        (_downloaded(repo, revision, ["config.json"]) / "config.json").read_text(encoding="utf-8")
+    )
+    return config
+
+
+def _downloaded(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     at = f" at revision '{revision}'" if revision else ""
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except LocalEntryNotFoundError:
         raise OutageError(
             f"model.source = '{repo}'{at}: is not a path here, is not in the local hub cache, and the hub "

@@ -67,25 +67,30 @@ def dequantised_product(layer: nn.Module, x: mx.array) -> mx.array:
 
     if (kept := _kept.get()) is not None:
         if id(layer) not in kept:
-            kept[id(layer)] = _weights(layer, layer["weight"])
+            kept[id(layer)] = dequantised(layer, layer["weight"])
         return x @ kept[id(layer)].T
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
-        return x @ _weights(layer, layer["weight"]).T
+        return x @ dequantised(layer, layer["weight"]).T
 
     @product.vjp
     def gradient(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
         # What depends on the cotangent is not taken for what the forward pass computed, and kept since.
         [weight] = mx.depends([layer["weight"]], [cotangent])
-        return cotangent @ _weights(layer, weight)
+        return cotangent @ dequantised(layer, weight)
 
     y: mx.array = product(x)  # type: ignore[assignment]
     return y
 
 
-def _weights(layer: nn.Module, packed: mx.array) -> mx.array:
-    """(outputs, inputs)"""
+def shares_weights() -> bool:
+    """Whether this is within `dequantised_once`."""
+    return _kept.get() is not None
+
+
+def dequantised(layer: nn.Module, packed: mx.array) -> mx.array:
+    """The weights of a layer, (outputs, inputs), from their packed form."""
     return mx.dequantize(
         packed,
         layer["scales"],

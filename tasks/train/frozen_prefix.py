@@ -150,6 +150,11 @@ def base_identity(base: ModelFolder) -> dict[str, str]:
     return {"base": base.fingerprint, "device": device_name(), **packages}
 
 
+def worth_keeping(splits: Splits, settings: TrainSettings) -> set[str]:
+    """The splits whose frozen layers are computed once, where there are any."""
+    return set(_wanted(splits, settings))
+
+
 def _wanted(splits: Splits, settings: TrainSettings) -> Used:
     """By split whose hidden states are worth keeping, the rows that are used at all, ascending."""
     train, valid = splits["train"], splits["valid"]

@@ -20,9 +20,11 @@ from tasks.progress import progress
 from tasks.train.adapters import adapter_weights
 from tasks.train.batches import Group, update_groups, updates_per_epoch
 from tasks.train.checkpoints import Checkpoints
+from tasks.train.footprint import process_footprint
 from tasks.train.gradient_checkpoint import gradient_checkpoint
 from tasks.train.interrupt import PutOffSignals
 from tasks.train.loss import mean_loss
+from tasks.train.memory_guard import MemoryGuard
 from tasks.train.optimizers import make_optimizer, optimizer_state, restore_optimizer
 from tasks.train.soft_prompt import prefix_ids, with_prefix
 from tasks.train.state import Training
@@ -42,6 +44,7 @@ def fit(
     report: Report,
     checkpoints: Checkpoints | None = None,
     until_step: int | None = None,
+    guard: MemoryGuard | None = None,
 ) -> Training:
     """Train the model's trainable parameters and keep those of the lowest validation loss.
 
@@ -60,6 +63,7 @@ def fit(
 
     Raises:
         ValueError: at `until_step` nothing is validated, or it could not be gone on from there.
+        OverBudget: the run took more memory than `guard` allows; a checkpoint is kept.
         StepError: no token is supervised, or a loss, gradient or weight is not finite; no checkpoint
             holds anything of that step.
     """
@@ -95,6 +99,7 @@ def fit(
         training.epoch,
         training.position,
     )
+    footprint = 0
     updates = Updates(model, optimizer, settings, training.steps)
     epoch_updates = updates_per_epoch(train, settings.batch_size, settings.accumulation_steps)
     recompute = gradient_checkpoint(model) if settings.grad_checkpoint else nullcontext()
@@ -110,7 +115,8 @@ def fit(
         def goes_on_after(step: int) -> bool:
             """Whether nothing is to be done with the weights as they are after that update."""
             saved = checkpoints and checkpoints.due(step)
-            pause = saved or step % settings.steps_per_eval == 0 or stop.requested
+            over = guard and guard.exceeded
+            pause = saved or over or step % settings.steps_per_eval == 0 or stop.requested
             return not (pause or step >= training.steps or _time_is_up(training, settings))
 
         while True:
@@ -146,10 +152,14 @@ def fit(
                     "trained_tokens": training.trained_tokens,
                     "epoch": training.step / epoch_updates,
                     "peak_memory": mx.get_peak_memory() / 1e9,
+                    "peak_footprint": (footprint := max(footprint, process_footprint())) / 1e9,
                 }
             )
-            if checkpoints and not under_way and checkpoints.due(training.step):
+            over = guard and not under_way and guard.exceeded
+            if over or (checkpoints and not under_way and checkpoints.due(training.step)):
                 save()
+            if guard and over:
+                raise guard.refusal(training.step)
             bar.advance(1, f"loss {metrics['train_loss']:.3f}  {metrics['tokens_per_second']:.0f} tokens/s")
     if training.step < training.steps:
         log.info("ended after %d of %d steps by train.%s", training.step, training.steps, training.ended_by)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from tasks.train.checkpoints import Checkpoints
     from tasks.train.loop import Report
+    from tasks.train.memory.budget import Allowed
     from tasks.train.state import Training
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json", TRAINING_FILE, U
 TRAINING_TAG = "tunesmith.training"
 """The fingerprint of what a run trains."""
 
-NO_PART = {"steps_per_save", "minutes_per_save", "prefix_cache_gb", "from_adapter"}
+NO_PART = {"steps_per_save", "minutes_per_save", "prefix_cache_gb", "from_adapter", "budget", "adapt"}
 """Settings that decide how often a run is saved and what may lie where, and not what it finds."""
 
 LOW_RANK_ONLY = {"rank", "alpha", "rank_stabilized", "scale"}
@@ -47,13 +48,17 @@ def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput,
 
     Raises:
         InputError: the model does not allow the settings, as more layers than it has; or the run has
-            begun another training.
-        StepError: a loss or gradient is not finite.
+            begun another training; or it would take more memory than `train.budget`.
+        StepError: a loss or gradient is not finite; `OverBudget` when it takes more than was predicted.
     """
     from tasks.train.checkpoints import checkpoints_folder, owned, remove_checkpoints
+    from tasks.train.memory.budget import within_budget
     from tasks.train.starting_point import begin_from
 
     settings, start = begin_from(settings, model)
+    allowed = None
+    if not output_folder("train", training_inputs(settings, model, data, start)).is_dir():
+        settings, allowed = within_budget(settings, model, data)
     inputs = training_inputs(settings, model, data, start)
     target = output_folder("train", inputs)
     folder = checkpoints_folder(target.name)
@@ -61,7 +66,7 @@ def train_adapter(settings: TrainSettings, model: ModelFolder, data: StepOutput,
     with owned(folder, f"MLflow run {run.id}"):
         remove_drafts(target.parent, target.name)
         output = run_step(
-            "train", inputs, lambda draft: _train(draft, settings, model, data, inputs, run, start)
+            "train", inputs, lambda draft: _train(draft, settings, model, data, inputs, run, start, allowed)
         )
         remove_checkpoints(folder)
     training = output.read_json(TRAINING_FILE)
@@ -132,17 +137,26 @@ def fit_adapter(
     report: Report,
     start: Path | None = None,
     until_step: int | None = None,
+    allowed: Allowed | None = None,
 ) -> Fitted:
     """Put an adapter onto `network` and train it, to the end or until it pauses at `until_step`.
 
     Args:
         network: of `model`, as it was loaded; it is changed.
         start: the adapter to begin from.
+        allowed: the memory the run may take; what it takes is learnt from.
+
+    Raises:
+        OverBudget: it takes more than that.
     """
+    import mlx.core as mx
+
     from tasks.prepare.splits import load_splits
     from tasks.train.adapters import adapter_config, adapter_weights, add_adapter, count_parameters
     from tasks.train.frozen_prefix import base_identity, without_frozen_layers
     from tasks.train.loop import fit
+    from tasks.train.memory.calibration import learn
+    from tasks.train.memory_guard import MemoryGuard
     from tasks.train.starting_point import take_weights
     from tasks.train.targets import target_keys
 
@@ -153,10 +167,19 @@ def fit_adapter(
     if start:
         take_weights(network, start)
     trainable = count_parameters(adapter_weights(network))
+    mx.reset_peak_memory()
     fitted = without_frozen_layers(
         network, {name: splits[name] for name in ("train", "valid")}, settings, base_identity(model)
     )
-    training = fit(network, fitted["train"], fitted["valid"], settings, report, checkpoints, until_step)
+    preparing_bytes = mx.get_peak_memory()
+    report(0, {"peak_memory_before_training": preparing_bytes / 1e9})
+    guard = MemoryGuard(allowed.budget_bytes) if allowed else None
+    training = fit(
+        network, fitted["train"], fitted["valid"], settings, report, checkpoints, until_step, guard
+    )
+    if allowed and allowed.estimate:
+        report(0, {"predicted_peak_memory": allowed.estimate.peak_bytes / 1e9})
+        learn(allowed.estimate, max(preparing_bytes, round(training.peak_memory * 1e9)))
     return Fitted(training, config, trainable)
 
 
@@ -184,6 +207,7 @@ def _train(
     inputs: Mapping[str, Any],
     run: Run,
     start: Path | None,
+    allowed: Allowed | None,
 ) -> None:
     from tasks.models.load import load_model
     from tasks.train.checkpoints import Checkpoints, checkpoints_folder
@@ -192,7 +216,7 @@ def _train(
     check_base(settings.method, model.config())
     network = load_model(model.path).model
     checkpoints = Checkpoints(checkpoints_folder(output_folder("train", inputs).name), settings)
-    fitted = fit_adapter(network, settings, model, data, checkpoints, run.report, start)
+    fitted = fit_adapter(network, settings, model, data, checkpoints, run.report, start, allowed=allowed)
     run.set_tags({"tunesmith.trainable_parameters": fitted.trainable_parameters})
     write_adapter(draft, fitted, model, data, inputs)
 

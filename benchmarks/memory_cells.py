@@ -1,0 +1,174 @@
+"""One real run each: its peak memory by phase, and what the memory model makes of the same cell.
+
+    python benchmarks/memory_cells.py JSON…     # cells as JSON objects; a line of JSON for each that is done
+
+A process of its own for each cell, or for several that are measured one after the other.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import sys
+import traceback
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import bare_engine  # noqa: F401
+import mlx.core as mx
+from step_models import as_ours, config_of, make_base
+from step_rows import made_rows
+from step_trainers import cache_of_its_own
+
+from tasks.config import TrainSettings
+from tasks.models.cpu_functions import use_fast_functions
+from tasks.models.device import on_gpu
+from tasks.process import keep_freed_memory
+from tasks.train import supervised
+from tasks.train.adapters import adapter_config, add_adapter
+from tasks.train.frozen_prefix import without_frozen_layers
+from tasks.train.loop import fit
+from tasks.train.memory.backends import pace
+from tasks.train.memory.estimate import MemoryEstimate, estimate_from_config, phases
+from tasks.train.memory.row_sizes import RowSizes
+from tasks.train.targets import target_keys
+
+UPDATES = 2
+"""The peak of later ones is that of the second."""
+
+PACES = (1, 2, 4, 6, 8, 10)
+"""Tasks under way that predictions are kept for on a GPU, so that the constant can be found afterwards."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A short run.
+
+    Attributes:
+        base: "lora" for a base that is not quantised, "qlora" for one of 4 bits, as `make_base` has it.
+        layers: adapted, from the top; -1 for all.
+        length: positions of a row.
+        budget_gb: that it was accepted under, if it was.
+    """
+
+    model: str
+    base: str = "lora"
+    method: str = "lora"
+    layers: int = 8
+    rank: int = 8
+    batch_size: int = 4
+    length: int = 256
+    prompt_percent: int = 50
+    checkpoint: bool = False
+    prefix: bool = True
+    accumulation: int = 1
+    optimizer: str = "adamw"
+    budget_gb: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """Short, readable, and unlike that of any other cell."""
+        flags = [name for name in ("checkpoint", "prefix") if getattr(self, name)]
+        depth = "all" if self.layers == -1 else str(self.layers)
+        return (
+            f"{self.model} {self.base} {self.method} k={depth} r={self.rank} b={self.batch_size} "
+            f"{self.length}x{self.prompt_percent}% a={self.accumulation} {self.optimizer} {' '.join(flags)}"
+        ).strip()
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no constant may be fitted to it: a fixed quarter of all cells."""
+        return hashlib.sha256(self.key.encode()).digest()[0] % 4 == 0
+
+    def settings(self) -> TrainSettings:
+        """The product's."""
+        return TrainSettings(
+            method=self.method,
+            num_layers=self.layers,
+            rank=self.rank,
+            batch_size=self.batch_size,
+            accumulation_steps=self.accumulation,
+            grad_checkpoint=self.checkpoint,
+            frozen_prefix="always" if self.prefix else "never",
+            prefix_cache_gb=1000,
+            optimizer=self.optimizer,
+            max_steps=UPDATES,
+            epochs=UPDATES,
+        )
+
+
+def measure(cell: Cell) -> dict[str, int]:
+    """Bytes at the peak of making ready (the frozen prefix, the first look), and of the training after it."""
+    supervised._verdicts.clear()  # what an earlier cell of this process has found out
+    settings = cell.settings()
+    rows = made_rows(cell.model, cell.batch_size * cell.accumulation, cell.length, cell.prompt_percent)
+    network = as_ours(make_base(cell.model, cell.base)).copy()
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    with cache_of_its_own():
+        if not on_gpu():
+            keep_freed_memory()
+            use_fast_functions(network)
+        keys = target_keys(network, settings.targets, settings.num_layers)
+        add_adapter(network, adapter_config(settings, len(network.layers), keys), settings.seed)
+        splits = without_frozen_layers(network, {"train": rows, "valid": rows}, settings, {"rows": cell.key})
+        ready = mx.get_peak_memory()
+        training = fit(network, splits["train"], splits["valid"], settings, lambda step, metrics: None)
+    return {"ready": ready, "training": round(training.peak_memory * 1e9)}
+
+
+def predict(cell: Cell) -> dict[str, Any]:
+    """Phases and their parts, without calibration, by how many tasks MLX is ahead."""
+    ours = pace()
+    work = phases(cell.settings(), base_config(cell), _sizes(cell))
+    return {
+        str(tasks): {each.name: each.replayed(replace(ours, tasks=tasks)).parts() for each in work}
+        for tasks in (PACES if on_gpu() else [ours.tasks])
+    }
+
+
+def accepted(cell: Cell, budget_bytes: float) -> bool:
+    """Whether the model finds that the cell stays within so much, as calibrated on this machine."""
+    return estimated(cell).peak_bytes <= budget_bytes
+
+
+def estimated(cell: Cell) -> MemoryEstimate:
+    """What a person is told of the cell."""
+    return estimate_from_config(cell.settings(), base_config(cell), _sizes(cell))
+
+
+def base_config(cell: Cell) -> dict[str, Any]:
+    """The base's `config.json`, as `make_base` makes it."""
+    config = {**config_of(cell.model), "dtype": "bfloat16"}
+    if cell.base == "qlora":
+        config["quantization"] = {"bits": 4, "group_size": 64}
+    return config
+
+
+def _sizes(cell: Cell) -> RowSizes:
+    supervised = cell.length - round(cell.prompt_percent / 100 * cell.length)
+    return RowSizes.alike(cell.length + 1, supervised, cell.batch_size * cell.accumulation)
+
+
+def main() -> None:
+    """Measure and predict the cells given, in order."""
+    for text in sys.argv[1:]:
+        cell = Cell(**json.loads(text))
+        try:
+            done = {"key": cell.key, **asdict(cell), "measured": measure(cell)}
+        except RuntimeError:  # where a GPU's memory ends, MLX raises
+            traceback.print_exc()
+            continue
+        try:
+            done["predicted"] = predict(cell)
+        except ValueError:  # what was measured stays; `--predict` tries again
+            traceback.print_exc()
+        gc.collect()
+        mx.clear_cache()
+        print(json.dumps(done), flush=True)
+
+
+if __name__ == "__main__":
+    main()

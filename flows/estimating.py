@@ -1,0 +1,137 @@
+"""What `tunesmith estimate` tells: the peak of a run by its parts, what fits, and a table of known models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tasks.budget import parse_budget
+from tasks.config import ModelSettings, Settings, TrainSettings
+from tasks.models.resolve import check_model
+from tasks.train.memory.budget import free_memory
+from tasks.train.memory.estimate import MemoryEstimate
+from tasks.train.memory.fitting import Change, Largest, Plan, nearest_that_fits, what_fits
+from tasks.train.memory.known_models import KNOWN_MODELS, shallow
+from tasks.train.memory.row_sizes import RowSizes
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is told of one run.
+
+    Attributes:
+        fits: the largest value of each setting within the budget.
+        changes: the nearest settings that fit, where the run does not; None where none do.
+    """
+
+    estimate: MemoryEstimate
+    budget_bytes: int
+    fits: list[Largest] = field(default_factory=list)
+    changes: list[Change] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run would not be started."""
+        return self.estimate.peak_bytes > self.budget_bytes
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "peak_bytes": self.estimate.peak_bytes,
+            "phase": self.estimate.phase,
+            "phases": {name: parts.parts() for name, parts in self.estimate.phases.items()},
+            "budget_bytes": self.budget_bytes,
+            "fits": [asdict(each) for each in self.fits],
+            "changes": [
+                {"settings": list(each.overrides), "why": each.why, "peak_bytes": each.peak_bytes}
+                for each in self.changes or []
+            ],
+        }
+
+
+def estimate_run(settings: Settings, length: int, with_fits: bool) -> Told:
+    """Predict the run of these settings on rows of `length` tokens, half of them supervised.
+
+    Raises:
+        InputError: the model does not exist, or does not allow the settings.
+    """
+    rows = RowSizes.alike(length, max(1, length // 2))
+    plan = Plan(settings.train, model_config(settings.model), rows, rows)
+    estimate = plan.estimate()
+    budget_bytes = parse_budget(settings.train.budget, free_memory())
+    told = Told(estimate, budget_bytes)
+    changes = nearest_that_fits(plan, budget_bytes) if told.is_over else []
+    fits = list(what_fits(plan, budget_bytes, _layers(plan.config))) if with_fits else []
+    return Told(estimate, budget_bytes, fits, changes)
+
+
+def model_config(settings: ModelSettings) -> dict[str, Any]:
+    """The `config.json` of the base that the settings name, without its weights where it is not here yet.
+
+    Raises:
+        InputError: there is no such model, or the hub cannot be reached.
+    """
+    from tasks.models.gguf_check import read_gguf
+    from tasks.models.gguf_config import model_config as gguf_config
+    from tasks.models.gguf_import import usual_precision
+    from tasks.models.gguf_weights import dense_dtype, quantization
+    from tasks.models.hub import download_config
+    from tasks.models.safety import read_config
+
+    found = check_model(settings)
+    if found is None:
+        config = download_config(settings.source, settings.revision)
+    elif found.is_file():
+        gguf = read_gguf(found)
+        precision = "float32" if settings.quantize or settings.dequantize else usual_precision()
+        config = {**gguf_config(gguf), "dtype": dense_dtype(gguf, precision)}
+        if layers := quantization(gguf, precision):
+            config["quantization"] = layers
+    else:
+        config = read_config(found)
+    if settings.quantize:
+        config["quantization"] = {
+            "bits": settings.quantize.bits,
+            "group_size": settings.quantize.group_size,
+        }
+    return config
+
+
+METHODS: Mapping[str, dict[str, Any]] = {
+    "LoRA": {"method": "lora"},
+    "QLoRA, 4 bits": {"method": "lora"},
+    "full": {"method": "full"},
+}
+"""The columns of the table: all layers are adapted, one row a batch, recomputing activations."""
+
+
+def estimate_table(length: int) -> dict[str, dict[str, int]]:
+    """Peak bytes by model and method, of the real shapes in `KNOWN_MODELS`.
+
+    A layer costs what the layer before it cost: traced are two depths of each model, the rest is their line.
+    """
+    rows = RowSizes.alike(length, max(1, length // 2))
+    found: dict[str, dict[str, int]] = {}
+    for name, config in KNOWN_MODELS.items():
+        found[name] = {}
+        for title, given in METHODS.items():
+            settings = TrainSettings(num_layers=-1, batch_size=1, grad_checkpoint=True, **given)
+            stored = {"quantization": {"bits": 4, "group_size": 64}} if "bits" in title else {}
+            found[name][title] = _on_a_line(settings, {**config, **stored}, rows)
+    return found
+
+
+TRACED_LAYERS = (3, 5)
+
+
+def _on_a_line(settings: TrainSettings, config: Mapping[str, Any], rows: RowSizes) -> int:
+    few, more = TRACED_LAYERS
+    low, high = (
+        Plan(settings, shallow(config, layers), rows, rows).estimate().peak_bytes for layers in TRACED_LAYERS
+    )
+    return round(low + (high - low) * (_layers(config) - few) / (more - few))
+
+
+def _layers(config: Mapping[str, Any]) -> int:
+    return int({**config, **config.get("text_config", {})}["num_hidden_layers"])

@@ -1,0 +1,70 @@
+"""Tables of `tunesmith estimate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.estimating import Told
+from tasks.models.device import device_name
+from tasks.train.memory.estimate import PARTS
+
+GB = 1e9
+
+
+def print_estimate(console: Console, told: Told) -> None:
+    """The phases of a run with their parts, whether it fits, and what would."""
+    table = Table("GB", *told.estimate.phases, title=f"peak memory on {device_name()}")
+    for part in PARTS:
+        sizes = [getattr(parts, part) for parts in told.estimate.phases.values()]
+        if any(abs(size) >= 5e6 for size in sizes):
+            table.add_row(part, *(f"{size / GB:.2f}" for size in sizes))
+    table.add_section()
+    table.add_row("together", *(f"{parts.bytes / GB:.2f}" for parts in told.estimate.phases.values()))
+    console.print(table)
+    peak, budget = told.estimate.peak_bytes / GB, told.budget_bytes / GB
+    verdict = "over" if told.is_over else "within"
+    console.print(
+        f"{peak:.2f} GB while {told.estimate.phase}: {verdict} the budget of {budget:.2f} GB", highlight=False
+    )
+    _print_changes(console, told)
+    _print_fits(console, told)
+
+
+def print_table(console: Console, found: Mapping[str, Mapping[str, int]], length: int) -> None:
+    """Peak memory by model and method."""
+    methods = next(iter(found.values()))
+    title = f"GB on {device_name()}: all layers, one row of {length} tokens a batch, gradient checkpointing"
+    table = Table("model", *methods, title=title)
+    for name, peaks in found.items():
+        table.add_row(name, *(f"{peaks[method] / GB:.1f}" for method in methods))
+    console.print(table)
+
+
+def _print_changes(console: Console, told: Told) -> None:
+    if not told.is_over:
+        return
+    if not told.changes:
+        console.print("no change of settings fits: take a smaller base, or raise train.budget")
+        return
+    console.print("to fit, in the order that costs least quality:")
+    for change in told.changes:
+        console.print(
+            f"  {' '.join(change.overrides)}  →  {change.peak_bytes / GB:.2f} GB ({change.why})",
+            highlight=False,
+            markup=False,
+        )
+
+
+def _print_fits(console: Console, told: Told) -> None:
+    if not told.fits:
+        return
+    table = Table("the largest that fits", "as set", "with train.grad_checkpoint")
+    for each in told.fits:
+        plain, checkpointed = (
+            "none" if value is None else f"{value:,}" for value in (each.plain, each.checkpointed)
+        )
+        table.add_row(each.setting, plain, checkpointed)
+    console.print(table)

@@ -1,0 +1,49 @@
+"""Estimate: what a run will take, before it is started."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from flows.verbs.frame import START, Config, Overrides, app, load
+
+
+@app.command(group=START)
+def estimate(
+    config: Config | None = None,
+    overrides: Overrides | None = None,
+    /,
+    *,
+    budget: str | None = None,
+    length: int = 512,
+    table: bool = False,
+    as_json: Annotated[bool, Parameter(name="--json")] = False,
+) -> None:
+    """Predict a run's peak memory by its parts, and what fits a budget, without loading any weights.
+
+    Parameters
+    ----------
+    budget
+        show what fits: 8GB, or 75% of what is free (train.budget)
+    length
+        tokens of the longest row, half of them supervised, where the data is not prepared yet
+    table
+        LoRA, QLoRA and full training of models of 1B to 70B on this machine, in place of a run
+    as_json
+        print one JSON object
+    """
+    from flows.estimating import estimate_run, estimate_table
+    from flows.estimating_tables import print_estimate, print_table
+
+    console = Console()
+    if table:
+        found = estimate_table(length)
+        print(json.dumps(found)) if as_json else print_table(console, found, length)
+        return
+    if budget is not None:
+        overrides = [*(overrides or []), f"train.budget={budget}"]
+    told = estimate_run(load(config, overrides), length, with_fits=budget is not None)
+    print(json.dumps(told.plain())) if as_json else print_estimate(console, told)

@@ -1,0 +1,76 @@
+"""The network that a run trains, module for module, with arrays that are never evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from tasks.config import TrainSettings
+from tasks.models.cpu_functions import use_fast_functions
+from tasks.models.device import on_gpu, own_memory_bytes
+from tasks.train.adapters import adapter_config, add_adapter
+from tasks.train.memory.traced_functions import (
+    cpu_stand_ins,
+    fused_attention_stand_in,
+    use_dequantised_stand_ins,
+    use_expert_stand_ins,
+)
+from tasks.train.outline import outline
+from tasks.train.targets import target_keys
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+HEADLESS = ("gemma3_text",)
+"""Architectures whose network mlx-lm (0.32.2) builds with a head that `sanitize` takes away again."""
+
+
+def skeleton(config: Mapping[str, Any]) -> nn.Module:
+    """The base model of a `config.json` as `load_model` holds it here, in evaluation mode."""
+    network = outline(config)
+    if config.get("model_type") in HEADLESS and config.get("tie_word_embeddings", True):
+        network.sanitize({})
+    if on_gpu():
+        network.set_dtype(_stored_dtype(config))
+        if quantization := config.get("quantization") or config.get("quantization_config"):
+            _quantise(network, quantization)
+        if own_memory_bytes():
+            use_dequantised_stand_ins(network)
+            use_fast_functions(network, fused_attention_stand_in())
+    else:
+        network.set_dtype(mx.float32)
+        use_fast_functions(network, cpu_stand_ins())
+    network.eval()
+    return network
+
+
+def with_adapter(network: nn.Module, settings: TrainSettings) -> nn.Module:
+    """The network with what `settings` train on it.
+
+    Raises:
+        InputError: the model does not allow the settings.
+    """
+    keys = target_keys(network, settings.targets, settings.num_layers)
+    add_adapter(network, adapter_config(settings, len(network.layers), keys), settings.seed)
+    use_expert_stand_ins(network)
+    return network
+
+
+def _stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+    named = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    return DTYPES.get(str(named), mx.bfloat16)
+
+
+def _quantise(network: nn.Module, quantization: Mapping[str, Any]) -> None:
+    """As `mlx_lm.utils.load_model` (0.32.2) does, which also looks at what the weights' files hold."""
+    group_size, bits = quantization["group_size"], quantization["bits"]
+
+    def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if path in quantization:
+            chosen: bool | dict[str, Any] = quantization[path]
+            return chosen
+        return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
+
+    nn.quantize(network, group_size, bits, class_predicate=choose)

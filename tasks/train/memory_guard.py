@@ -1,0 +1,40 @@
+"""A run that takes more memory than it was allowed is stopped after the updates under way, and saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from tasks.errors import StepError
+
+MARGIN = 0.1
+"""Of the budget, by which a run may exceed it before it is stopped: the prediction's largest error."""
+
+
+class OverBudget(StepError):  # noqa: N818  (what the run is)
+    """A run took more memory than it may."""
+
+
+@dataclass(frozen=True)
+class MemoryGuard:
+    """What a run may take.
+
+    Attributes:
+        budget_bytes: of MLX's memory.
+    """
+
+    budget_bytes: int
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether the highest memory so far is over the budget by more than the margin."""
+        return mx.get_peak_memory() > (1 + MARGIN) * self.budget_bytes
+
+    def refusal(self, step: int) -> OverBudget:
+        """What ends the run after update `step`, which is saved."""
+        return OverBudget(
+            f"step {step}: {mx.get_peak_memory() / 1e9:.2f} GB are taken, of "
+            f"{self.budget_bytes / 1e9:.2f} GB allowed; a checkpoint is kept. 'tunesmith estimate' shows what to change; a higher train.budget "
+            "lets 'tunesmith resume' go on"
+        )
