@@ -33,8 +33,8 @@ class MemoryGuard:
 
     def refusal(self, step: int) -> OverBudget:
         """What ends the run after update `step`, which is saved."""
+        taken, allowed = mx.get_peak_memory() / 1e9, self.budget_bytes / 1e9
         return OverBudget(
-            f"step {step}: {mx.get_peak_memory() / 1e9:.2f} GB are taken, of "
-            f"{self.budget_bytes / 1e9:.2f} GB allowed; a checkpoint is kept. 'tunesmith estimate' shows what to change; a higher train.budget "
-            "lets 'tunesmith resume' go on"
+            f"step {step}: {taken:.2f} GB are taken, of {allowed:.2f} GB allowed; a checkpoint is kept. "
+            "'tunesmith estimate' shows what to change; a higher train.budget lets 'tunesmith resume' go on"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ from tasks.train.loss import summed_loss
 from tasks.train.optimizers import set_learning_rate
 from tasks.train.schedules import learning_rate_at
 from tasks.train.supervised import gathers
+
+UPDATES_TIMED = 10
+"""So many of the latest give the speed."""
 
 
 class Updates:
@@ -60,12 +64,12 @@ class Updates:
         memory at a time: each counts by its share of the tokens, so that this equals the gradient of one
         big batch to float rounding.
         """
-        started = time.perf_counter()
+        self._clock.start()
         set_learning_rate(self._optimizer, rate := learning_rate_at(step, self._steps, self._settings))
         losses, gradient = self.gradient(batches, step)
         norm, finite = self._apply(gradient)
         mx.async_eval(losses, norm, finite, self._model.trainable_parameters(), self._optimizer.state)
-        return Launched(step, batches, rate, losses, norm, finite, started, self._clock, self._settings)
+        return Launched(step, batches, rate, losses, norm, finite, self._clock, self._settings)
 
     def gradient(self, batches: Sequence[Batch], step: int) -> tuple[list[mx.array], Any]:
         """What each batch adds to the group's mean loss, and the gradient as a tree."""
@@ -100,11 +104,27 @@ class Updates:
         return norm, mx.stack(finite).all()
 
 
-@dataclass
 class _Clock:
-    """When the update before was found to be done."""
+    """Speed over the latest updates: one may be found done in no time, its work behind the one before."""
 
-    done: float = 0.0
+    def __init__(self) -> None:
+        self._under_way = 0
+        self._marks: deque[tuple[float, int]] = deque(maxlen=UPDATES_TIMED + 1)
+
+    def start(self) -> None:
+        """An update is launched; where none was under way, time counts from now."""
+        if not self._under_way:
+            self._marks.clear()
+            self._marks.append((time.perf_counter(), 0))
+        self._under_way += 1
+
+    def stop(self, tokens: int) -> tuple[float, float]:
+        """An update is done: tokens and updates a second over the latest ones."""
+        self._under_way -= 1
+        self._marks.append((time.perf_counter(), tokens))
+        (began, _), *done = self._marks
+        seconds = done[-1][0] - began
+        return sum(count for _, count in done) / seconds, len(done) / seconds
 
 
 @dataclass(frozen=True)
@@ -117,7 +137,6 @@ class Launched:
     losses: Sequence[mx.array]
     norm: mx.array
     finite: mx.array
-    started: float
     clock: _Clock
     settings: TrainSettings
 
@@ -135,14 +154,13 @@ class Launched:
             raise StepError(self._not_finite(f"loss {loss:g}, gradient norm {norm:g}", faulty))
         if not self.finite.item():
             raise StepError(self._not_finite("weights that are not finite after it"))
-        now = time.perf_counter()
-        seconds, self.clock.done = now - max(self.started, self.clock.done), now
+        tokens_s, updates_s = self.clock.stop(sum(batch.supervised_tokens for batch in self.batches))
         return {
             "train_loss": loss,
             "grad_norm": norm,
             "learning_rate": self.learning_rate,
-            "tokens_per_second": sum(batch.supervised_tokens for batch in self.batches) / seconds,
-            "iterations_per_second": 1 / seconds,
+            "tokens_per_second": tokens_s,
+            "iterations_per_second": updates_s,
         }
 
     def _not_finite(self, what: str, batches: Sequence[Batch] = ()) -> str:
