@@ -120,12 +120,11 @@ def _of_speed(plan: Plan) -> Steps:
     batch, steps = settings.batch_size, settings.accumulation_steps
     while batch > 1 and batch % 2 == 0:
         batch, steps = batch // 2, steps * 2
-        given = {"batch_size": batch, "accumulation_steps": steps}
         override = f"train.batch_size={batch} train.accumulation_steps={steps}"
         yield (
             override,
             "the same update in smaller batches",
-            partial(Plan.with_settings, **given),
+            partial(Plan.with_settings, batch_size=batch, accumulation_steps=steps),
         )
 
 

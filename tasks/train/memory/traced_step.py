@@ -226,7 +226,7 @@ class _Recomputing(nn.Module):
     plain: type[nn.Module]
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        own = self.trainable_parameters()
+        own = self.trainable_parameters()  # type: ignore[no-untyped-call]
         given: list[tuple[str, Any]] = flat([own, args, kwargs])
         places = [place for place, (_, leaf) in enumerate(given) if isinstance(leaf, mx.array)]
 
