@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from tasks.config import TrainSettings
 from tasks.models.device import own_memory_bytes
@@ -38,6 +37,7 @@ from tasks.train.memory.traced_step import (
     apply_graph,
     embedded,
     first_look_graph,
+    flat,
     forward_graph,
     gradient_graph,
     optimizer_bytes,
@@ -270,9 +270,7 @@ class _Run:
         standing = self._with_batches(self._standing())
         gradient = gradient_graph(network, self.settings, self._shape(self.train, self.prefixed.train))
         trained = adapter_weights(network)
-        weights = sum(
-            array.nbytes for name, array in tree_flatten(network.parameters()) if name not in trained
-        )
+        weights = sum(array.nbytes for name, array in flat(network.parameters()) if name not in trained)
         return [
             self._phase("training", gradient, network, replace(standing, optimizer=self.optimizer)),
             self._phase(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from tasks.config import TrainSettings
@@ -106,7 +107,7 @@ def _changes(plan: Plan, training_only: bool) -> Steps:
     if on_gpu() and not stored and not training_only:
         for bits in BITS:
             override = f"model.quantize={{bits:{bits}}}"
-            yield override, f"a base of {bits} bits", lambda plan, bits=bits: plan.with_bits(bits)
+            yield override, f"a base of {bits} bits", partial(Plan.with_bits, bits=bits)
     yield from _of_quality(plan.settings)
 
 
@@ -119,12 +120,11 @@ def _of_speed(plan: Plan) -> Steps:
     batch, steps = settings.batch_size, settings.accumulation_steps
     while batch > 1 and batch % 2 == 0:
         batch, steps = batch // 2, steps * 2
-        given = {"batch_size": batch, "accumulation_steps": steps}
         override = f"train.batch_size={batch} train.accumulation_steps={steps}"
         yield (
             override,
             "the same update in smaller batches",
-            lambda plan, given=given: plan.with_settings(**given),
+            partial(Plan.with_settings, batch_size=batch, accumulation_steps=steps),
         )
 
 

@@ -61,7 +61,7 @@ def update_graph(network: nn.Module, settings: TrainSettings, shape: BatchShape)
         _take(network, arrays)
         _take_state(optimizer, arrays)
         loss, gradient = _loss_and_gradient(network, settings, arrays)
-        held = [array for _, array in tree_flatten(gradient)]  # by `Updates.launch`, to its end
+        held = [array for _, array in flat(gradient)]  # by `Updates.launch`, to its end
         return [loss, *held, *_applied(network, optimizer, settings, gradient)]
 
     return graph_of(update, {**_inputs(network, shape), **_state(optimizer)})
@@ -73,8 +73,8 @@ def gradient_graph(network: nn.Module, settings: TrainSettings, shape: BatchShap
     def add(**arrays: mx.array) -> list[mx.array]:
         _take(network, arrays)
         loss, gradient = _loss_and_gradient(network, settings, arrays)
-        flat: list[tuple[str, mx.array]] = tree_flatten(gradient)
-        return [loss, *(arrays[f"{GRADIENT}.{name}"] + array for name, array in flat)]
+        found: list[tuple[str, mx.array]] = flat(gradient)
+        return [loss, *(arrays[f"{GRADIENT}.{name}"] + array for name, array in found)]
 
     return graph_of(add, {**_inputs(network, shape), **_gradients(network)})
 
@@ -186,11 +186,9 @@ def _recomputed_head(network: nn.Module, plain: Callable[[mx.array], mx.array], 
 
 
 def _trained_outside_layers(network: nn.Module) -> list[tuple[str, mx.array]]:
-    inside = {
-        id(array) for layer in network.layers for _, array in tree_flatten(layer.trainable_parameters())
-    }
-    flat: list[tuple[str, mx.array]] = tree_flatten(network.trainable_parameters())
-    return [(name, array) for name, array in flat if id(array) not in inside]
+    inside = {id(array) for layer in network.layers for _, array in flat(layer.trainable_parameters())}
+    found: list[tuple[str, mx.array]] = flat(network.trainable_parameters())
+    return [(name, array) for name, array in found if id(array) not in inside]
 
 
 def _applied(
@@ -228,8 +226,8 @@ class _Recomputing(nn.Module):
     plain: type[nn.Module]
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        own = self.trainable_parameters()
-        given: list[tuple[str, Any]] = tree_flatten([own, args, kwargs])
+        own = self.trainable_parameters()  # type: ignore[no-untyped-call]
+        given: list[tuple[str, Any]] = flat([own, args, kwargs])
         places = [place for place, (_, leaf) in enumerate(given) if isinstance(leaf, mx.array)]
 
         def compute(*arrays: mx.array) -> mx.array:
@@ -261,7 +259,7 @@ def _inputs(network: nn.Module, shape: BatchShape) -> dict[str, mx.array]:
     trained = adapter_weights(network)
     named = {
         f"{TRAINED if name in trained else WEIGHT}.{name}": array
-        for name, array in tree_flatten(network.parameters())
+        for name, array in flat(network.parameters())
     }
     return {**named, **shape.arrays(embedded(network).shape[-1])}
 
@@ -304,3 +302,9 @@ def _take_state(optimizer: optim.Optimizer, arrays: Mapping[str, mx.array]) -> N
         (name.partition(".")[2], array) for name, array in arrays.items() if name.startswith(f"{OPTIMIZER}.")
     ]
     optimizer.state = tree_unflatten(flat)
+
+
+def flat(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree of modules, lists and mappings, with their paths."""
+    leaves: Any = tree_flatten(tree)
+    return leaves  # type: ignore[no-any-return]
