@@ -1,22 +1,43 @@
-"""A run that takes more than it may is stopped after an update, and what it learnt is kept."""
+"""A run that takes more than it may is stopped after an update, and goes on when it may take more."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
+from conftest import tiny_network
 
+from tasks.config import TrainSettings
+from tasks.prepare.splits import TokenRows
+from tasks.train.adapters import adapter_config, adapter_weights, add_adapter
+from tasks.train.checkpoints import Checkpoints
+from tasks.train.loop import fit
 from tasks.train.memory_guard import MARGIN, MemoryGuard, OverBudget
 
 
-def test_over_the_margin_the_run_is_saved_and_stopped() -> None:
+def test_a_run_over_its_budget_is_stopped_with_a_checkpoint_from_which_it_goes_on(
+    token_rows: TokenRows, tmp_path: Path
+) -> None:
+    settings = TrainSettings(num_layers=2, batch_size=4, max_steps=6, warmup_steps=0)
+
+    def run(folder: Path, guard: MemoryGuard | None) -> dict[str, mx.array]:
+        network = tiny_network()
+        add_adapter(network, adapter_config(settings, 4), settings.seed)
+        kept = Checkpoints(folder, settings)
+        fit(network, token_rows, token_rows, settings, lambda *_: None, kept, guard=guard)
+        return adapter_weights(network)
+
+    with pytest.raises(OverBudget, match=r"GB are taken, of 0\.00 GB allowed; a checkpoint is kept"):
+        run(tmp_path / "stopped", MemoryGuard(1000))
+    [checkpoint] = (tmp_path / "stopped").glob("step-*")
+    assert checkpoint.name in ("step-00000001", "step-00000002"), "as soon as no update is under way"
+    resumed, whole = run(tmp_path / "stopped", None), run(tmp_path / "whole", MemoryGuard(10**12))
+    assert all(mx.array_equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_the_margin_is_what_a_prediction_may_be_wrong_by() -> None:
     mx.eval(mx.zeros((1000, 1000)))
-    saved: list[str] = []
-    with pytest.raises(OverBudget, match="step 3"):
-        MemoryGuard(1000).check(3, lambda: saved.append("checkpoint"))
-    assert saved == ["checkpoint"]
-
-
-def test_within_the_margin_nothing_happens() -> None:
-    saved: list[str] = []
-    MemoryGuard(int(mx.get_peak_memory() / (1 + MARGIN)) + 2).check(3, lambda: saved.append("checkpoint"))
-    assert not saved
+    peak = mx.get_peak_memory()
+    assert not MemoryGuard(round(peak / (1 + MARGIN)) + 2).exceeded
+    assert MemoryGuard(round(peak / (1 + MARGIN)) - 2).exceeded
