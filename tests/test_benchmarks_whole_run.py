@@ -14,7 +14,7 @@ import pytest
 from tasks.models.folder import ModelFolder
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.append(str(BENCHMARKS))
 
 import whole_run  # noqa: E402
 
@@ -65,7 +65,7 @@ def test_both_commands_get_the_same_work(tmp_path: Path) -> None:
     from tasks.config import Settings
 
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 6}')
-    ours = Settings.model_validate(whole_run._our_settings(tmp_path, quick=True, steps=30, epoch=10)).train
+    ours = Settings.model_validate(whole_run._our_settings(tmp_path, rows=100, steps=30, epoch=10)).train
     theirs = whole_run._their_settings(tmp_path, tmp_path, tmp_path, steps=30, epoch=10)
     lora = {"rank": ours.rank, "scale": ours.scale, "dropout": ours.dropout}
     assert theirs["lora_parameters"] == lora

@@ -199,8 +199,9 @@ def flow_states(ids: list[str]) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("number", "code", "status"),
-    [("SIGKILL", -9, "RUNNING"), pytest.param("SIGINT", 130, "KILLED", marks=pytest.mark.slow)],
+    [("SIGKILL", -9, "RUNNING"), ("SIGINT", 130, "KILLED")],
 )
+@pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on_and_leaves_nothing_running(
     number: str, code: int, status: str, tiny_model: ModelFolder, tmp_path: Path, home: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

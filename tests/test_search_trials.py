@@ -179,6 +179,7 @@ def test_going_on_with_a_finished_search_does_nothing(
     assert ending(run_search(small_settings(), tiny_model, finished[2])) == ending(in_its_home)
 
 
+@pytest.mark.slow
 def test_which_child_is_faster_decides_nothing(
     in_its_home: Study, finished: tuple[Study, Path, StepOutput], tiny_model: ModelFolder, home: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -292,6 +293,7 @@ def test_a_child_that_dies_costs_its_trial_at_most_and_never_the_search(
     assert not study.stored.get_trials(states=(TrialState.RUNNING,))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_two_trials_are_at_work_only_where_both_fit_the_budget(
     tiny_model: ModelFolder, data: StepOutput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -356,6 +358,7 @@ def test_a_worker_that_cannot_start_ends_the_search_and_says_why(
         run_search(small_settings(**SHORT), tiny_model, data)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_the_median_rule_stops_a_trial_in_a_real_search(tiny_model: ModelFolder, data: StepOutput) -> None:
     settings = small_settings(rungs="median", trials=9, train={"epochs": 1}, workers=1, num_layers=1, rank=2)
