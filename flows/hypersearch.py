@@ -16,9 +16,10 @@ from pathlib import Path
 import prefect.runtime.flow_run
 from prefect import flow
 
-from flows.dead_flow_runs import mark_crashed
-from flows.finetune import finetune, prefect_tags
-from flows.prefect_environment import log_our_steps
+from flows.finetune import finetune, given_settings, prefect_tags
+from flows.flow_run import begin_flow_run, close_mlflow_runs, link_mlflow_run
+from flows.live_progress import live_progress
+from flows.notify import notify
 from flows.resume import settings_as_yaml
 from search.budget import parse_budget
 from search.findings import findings, leaderboard
@@ -30,10 +31,12 @@ from search.trial_runs import TrialRuns
 from search.trials import Search
 from tasks.config import Settings, TrackingSettings, TrainSettings, load_settings
 from tasks.errors import InputError
+from tasks.machine import machine_turn
 from tasks.models import import_model
 from tasks.models.folder import ModelFolder
 from tasks.prepare import prepare
 from tasks.publish import StepOutput, output_folder
+from tasks.system_metrics import system_metrics
 from tasks.tracking import Run, mlflow_run, reopened, stored_runs
 from tasks.train.memory import estimate_memory, free_memory
 from tasks.train.step import training_inputs
@@ -61,24 +64,38 @@ class SearchOutcome:
     best_run: str
 
 
-@flow(name="search", flow_run_name=lambda: _flow_run_name(), validate_parameters=True)
+@flow(
+    name="search",
+    flow_run_name=lambda: _flow_run_name(),
+    on_completion=[notify],
+    on_failure=[close_mlflow_runs, notify],
+    on_crashed=[close_mlflow_runs, notify],
+    on_cancellation=[close_mlflow_runs, notify],
+)
 def hypersearch(settings: Settings, resumed: str | None = None) -> SearchOutcome:
     """Search hyperparameters for the lowest validation loss within a memory budget, and finetune with them.
 
     `resumed` is the name of a study with these settings that was stopped or killed and is to be continued.
     """
-    log_our_steps()
+    begin_flow_run(settings)
     check_sampler(settings.search.sampler)
     study = read_study(resumed) if resumed else _new_study(settings)
     with held(study.name):
         study = open_study(study.name)  # as it is now that nobody else writes to it
-        _end_dead_flow_runs(study)
         tags = {**prefect_tags(), "optuna.study": study.name}
+        flow_runs = [*study.attributes.get("prefect.flow_run_ids", []), tags["prefect.flow_run_id"]]
+        study.remember(**{"prefect.flow_run_ids": flow_runs})
         parent_id = _parent_run(settings, study.name) if resumed else None
         try:
-            with mlflow_run(settings, study.name, tags, resumed=parent_id) as parent:
+            with (
+                live_progress(),
+                mlflow_run(settings, study.name, tags, resumed=parent_id) as parent,
+                system_metrics(parent, parent.started_ms()),
+            ):
                 study.remember(**{"mlflow.run_id": parent.id})
-                return _search(study, settings, parent)
+                link_mlflow_run(parent.uri, parent.experiment_id, parent.id)
+                with machine_turn(f"search {study.name}", settings.flow.when_busy):
+                    return _search(study, settings, parent)
         except BaseException as error:
             if not isinstance(error, Exception):  # Ctrl-C, exit, Prefect's termination signal
                 log.warning("'tunesmith search --resume %s' goes on from here", study.name)
@@ -129,7 +146,16 @@ def _search(study: Study, settings: Settings, parent: Run) -> SearchOutcome:
 
 
 def _priced(model: ModelFolder, data: StepOutput) -> Callable[[TrainSettings], int]:
-    return lambda proposal: estimate_memory(proposal, model, data).peak_bytes
+    """The predicted peak of a proposal, which takes seconds: the same for every learning rate."""
+    known: dict[str, int] = {}
+
+    def price(proposal: TrainSettings) -> int:
+        key = proposal.model_dump_json(exclude={"learning_rate"})
+        if key not in known:
+            known[key] = estimate_memory(proposal, model, data).peak_bytes
+        return known[key]
+
+    return price
 
 
 def log_study(study: Study, run: Run) -> None:
@@ -153,15 +179,6 @@ def _new_study(settings: Settings) -> Study:
     study = create_study(name, settings.search.objectives)
     study.remember(settings=settings_as_yaml(settings), finished=False)
     return study
-
-
-def _end_dead_flow_runs(study: Study) -> None:
-    """Of earlier processes; this one's flow run is remembered for the next."""
-    before = [str(each) for each in study.attributes.get("prefect.flow_run_ids", [])]
-    if ended := mark_crashed(before, f"its process was killed; search '{study.name}' was resumed"):
-        log.info("%d flow runs of killed processes are marked as crashed", ended)
-    own = str(prefect.runtime.flow_run.get_id() or "")
-    study.remember(**{"prefect.flow_run_ids": [*before, own]})
 
 
 def _parent_run(settings: Settings, name: str) -> str | None:
@@ -208,7 +225,5 @@ def _finetune_best(
 
 
 def _flow_run_name() -> str:
-    parameters = prefect.runtime.flow_run.get_parameters()
-    given = parameters["settings"]
-    settings = given if isinstance(given, Settings) else Settings.model_validate(given)
-    return str(parameters.get("resumed") or settings.name or "search")
+    resumed = prefect.runtime.flow_run.get_parameters().get("resumed")
+    return str(resumed or given_settings().name or "search")

@@ -232,7 +232,9 @@ class Search:
             settings, rung_steps = self.settings_of(trial.params)
             self._runs.open(number, settings)
             until = None if rung == len(rung_steps) - 1 else rung_steps[rung]
-            self._work[children.start(Train(settings, until))] = _Work(number, rung, trial.step)
+            self._work[children.start(Train(settings, until, self.budget_bytes))] = _Work(
+                number, rung, trial.step
+            )
             begun += 1
         return begun
 

@@ -22,6 +22,8 @@ from tasks.config import TrainSettings
 from tasks.errors import InputError, StepError
 from tasks.models.folder import ModelFolder
 from tasks.publish import StepOutput
+from tasks.train.memory.budget import Allowed
+from tasks.train.memory_guard import OverBudget
 from tasks.train.trial import Reached, WarmBase, train_trial
 from tasks.train.trial_prefixes import record_for_trials
 
@@ -50,10 +52,11 @@ class Prefixes:
 
 @dataclass(frozen=True)
 class Train:
-    """Train to `until_step`, or to the end."""
+    """Train to `until_step`, or to the end, in at most so much memory."""
 
     settings: TrainSettings
     until_step: int | None
+    budget_bytes: int
 
 
 Order = Prefixes | Train
@@ -141,7 +144,10 @@ class Worker:
             network, model = self._base.network, self._begin.model
             record_for_trials(order.settings, model, self._begin.data, order.num_layers, network)
             return None
-        return train_trial(order.settings, self._base, self._begin.data, self._report, order.until_step)
+        allowed = Allowed(order.budget_bytes, estimate=None)
+        return train_trial(
+            order.settings, self._base, self._begin.data, self._report, order.until_step, allowed
+        )
 
     def _report(self, step: int, metrics: Mapping[str, float]) -> None:
         self.send(Point(step, dict(metrics)))
@@ -161,7 +167,7 @@ class _Teller(logging.Handler):
 def _failed(error: BaseException) -> Failed:
     reason = f"{error}" if isinstance(error, InputError | StepError) else f"{type(error).__name__}: {error}"
     kind = "input" if isinstance(error, InputError) else "step" if isinstance(error, StepError) else "other"
-    if isinstance(error, MemoryError) or (
+    if isinstance(error, MemoryError | OverBudget) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ALLOCATION)
     ):
         kind = "memory"

@@ -12,6 +12,7 @@ import pytest
 from conftest import FAMILIES, tiny_network
 from mlx.utils import tree_flatten
 
+from search.worker import _failed
 from tasks.config import TrainSettings
 from tasks.models.cpu_functions import use_fast_functions
 from tasks.models.folder import ModelFolder
@@ -19,6 +20,8 @@ from tasks.prepare.splits import TokenRows, save_splits
 from tasks.publish import StepOutput
 from tasks.tracking import Run
 from tasks.train import trial as trial_module
+from tasks.train.memory.budget import Allowed
+from tasks.train.memory_guard import OverBudget
 from tasks.train.step import train_adapter
 from tasks.train.trial import Reached, WarmBase, drop_trial, train_trial
 from tasks.train.trial_prefixes import record_for_trials
@@ -219,3 +222,13 @@ def test_a_base_that_a_trial_did_change_would_be_noticed(
     kinds = [type(module) for _, module in base.network.named_modules()]
     train_trial(settings(max_steps=3), base, data, nobody, None)
     assert [type(module) for _, module in base.network.named_modules()] != kinds
+
+
+def test_a_trial_over_the_memory_it_may_take_is_stopped_and_goes_on_when_it_may_take_more(
+    base: WarmBase, data: StepOutput
+) -> None:
+    with pytest.raises(OverBudget):
+        train_trial(settings(), base, data, nobody, None, Allowed(1000, None))
+    assert _failed(OverBudget("5 GB")).kind == "memory", "which makes it infeasible, and not failed"
+    stopped = train_trial(settings(), base, data, nobody, None, Allowed(10**12, None))
+    assert stopped.ended_by == "max_steps"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
     from tasks.train.loop import Report
+    from tasks.train.memory.budget import Allowed
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,12 @@ class WarmBase:
 
 
 def train_trial(
-    settings: TrainSettings, base: WarmBase, data: StepOutput, report: Report, until_step: int | None | None
+    settings: TrainSettings,
+    base: WarmBase,
+    data: StepOutput,
+    report: Report,
+    until_step: int | None,
+    allowed: Allowed | None = None,
 ) -> Reached:
     """Train to the end, or until `until_step`, a multiple of `steps_per_eval`, where that comes before.
 
@@ -78,6 +84,7 @@ def train_trial(
 
     Raises:
         InputError: the model does not allow the settings.
+        OverBudget: it took more memory than is `allowed`; a checkpoint is kept.
         StepError: a loss or gradient is not finite.
     """
     from tasks.train.checkpoints import Checkpoints, checkpoints_folder, owned, remove_checkpoints
@@ -94,7 +101,7 @@ def train_trial(
             return _published(target, report)
         checkpoints = Checkpoints(folder, settings)
         fitted = fit_adapter(
-            base.twin(), settings, base.model, data, checkpoints, report, until_step=until_step
+            base.twin(), settings, base.model, data, checkpoints, report, None, until_step, allowed
         )
         training = fitted.training
         if training.ended_by:
