@@ -60,7 +60,8 @@ class Child:
             start_new_session=True,  # Ctrl-C is for the parent, who stops the children in order
         )
         theirs.close()
-        self.connection.send(Begin(model, data))
+        with suppress(OSError):  # of a child that is dead already, `receive` says so
+            self.connection.send(Begin(model, data))
 
     def order(self, order: Order) -> None:
         """Give it something to do; of a child that is dead, `receive` says so."""
