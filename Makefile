@@ -32,7 +32,7 @@ quickstart: $(READY)
 	@$(BIN)/tunesmith quickstart
 
 test: $(READY)
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or real"

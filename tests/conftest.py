@@ -75,6 +75,14 @@ def tiny_network(kind: str = "llama", bits: int | None = None, dtype: str = "flo
     return network
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that need Prefect's server go to two workers: each that has it starts one, in ten seconds."""
+    needing = sorted({item.path for item in items if "prefect_harness" in getattr(item, "fixturenames", ())})
+    for item in items:
+        group = f"prefect {needing.index(item.path) % 2}" if item.path in needing else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
     """MLX without its compiler, on a CPU a C++ compiler; with it where a test is marked `compiled`."""

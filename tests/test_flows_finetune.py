@@ -113,6 +113,7 @@ def reused(outcome: Outcome) -> set[str]:
     return set(outcome.finished.reused())
 
 
+@pytest.mark.slow
 def test_a_second_run_repeats_only_what_a_change_reaches(settings: Settings) -> None:
     first = finetune(settings)
     again = finetune(settings)

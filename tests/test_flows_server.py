@@ -72,6 +72,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_f
 """
 
 
+@pytest.mark.slow
 def test_up_serves_prefect_to_loopback_and_its_own_pages_until_down_and_leaves_no_process(home: Path) -> None:
     state = up(free_port(47000))
     with urllib.request.urlopen(f"{state.api_url}/health") as answer:

@@ -164,10 +164,8 @@ def check_nothing_left(home: Path) -> None:
     assert not list(home.glob("checkpoints/*/step-*"))
 
 
-@pytest.mark.parametrize(
-    "victim",
-    ["parent", *(pytest.param(each, marks=pytest.mark.slow) for each in VICTIMS if each != "parent")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", VICTIMS)
 def test_killed_in_its_midst_it_ends_as_the_undisturbed_search(
     victim: str, nursery: Nursery, pattern: Path, undisturbed: tuple[dict[str, Any], float], tmp_path: Path
 ) -> None:

@@ -271,7 +271,7 @@ SHORT: dict[str, Any] = {"trials": 3, "rungs": "none", "train": {"epochs": 1}}
     ("number", "times", "state", "starts"),
     [
         (signal.SIGKILL, 1, "trained", 2),
-        (signal.SIGSEGV, 1, "infeasible", 1),
+        pytest.param(signal.SIGSEGV, 1, "infeasible", 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, 2, "infeasible", 2, marks=pytest.mark.slow),
         pytest.param(signal.SIGABRT, 1, "infeasible", 1, marks=pytest.mark.slow),
     ],
@@ -369,6 +369,7 @@ def test_the_median_rule_stops_a_trial_in_a_real_search(tiny_model: ModelFolder,
     assert min(trial.number for trial in stopped) >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_of_several_objectives_a_front_is_found_within_the_budget(
     tiny_model: ModelFolder, data: StepOutput
