@@ -75,6 +75,7 @@ def tiny_network(kind: str = "llama", bits: int | None = None, dtype: str = "flo
     return network
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in this hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that need Prefect's server go to two workers: each that has it starts one, in ten seconds."""
     needing = sorted({item.path for item in items if "prefect_harness" in getattr(item, "fixturenames", ())})

@@ -19,6 +19,7 @@ DIGEST = (
 )
 
 
+@pytest.mark.slow
 def test_rows_are_the_same_whatever_the_hash_seed_and_nothing_is_printed() -> None:
     checkout = str(Path(__file__).parent.parent)
     digests = set()

@@ -226,6 +226,7 @@ def test_a_budget_that_nothing_fits_ends_instead_of_proposing_for_ever(
     assert study.best() is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_a_finite_space_ends_when_everything_was_tried(tiny_model: ModelFolder, data: StepOutput) -> None:
     settings = small_settings(learning_rate=[1e-3, 1e-2], rank=2, num_layers=1, trials=9, train={"epochs": 1})
@@ -234,6 +235,7 @@ def test_a_finite_space_ends_when_everything_was_tried(tiny_model: ModelFolder, 
     assert study.attributes["closed"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_a_search_for_a_time_proposes_until_what_is_left_is_needed_by_the_best(
     tiny_model: ModelFolder, data: StepOutput

@@ -95,7 +95,13 @@ def paused_twice(wanted: TrainSettings, base: WarmBase, data: StepOutput) -> Rea
     return train_trial(wanted, base, data, nobody, until_step=None)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize(
+    "method",
+    [
+        each if each in ("lora", "recomputed") else pytest.param(each, marks=pytest.mark.slow)
+        for each in METHODS
+    ],
+)
 def test_paused_twice_and_after_another_trial_it_equals_the_finetune(
     method: str, base: WarmBase, data: StepOutput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
