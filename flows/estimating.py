@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tasks.budget import parse_budget
 from tasks.config import ModelSettings, Settings, TrainSettings
 from tasks.models.resolve import check_model
+from tasks.progress import progress
 from tasks.train.memory.budget import free_memory
 from tasks.train.memory.estimate import MemoryEstimate
 from tasks.train.memory.fitting import Change, Largest, Plan, nearest_that_fits, what_fits
@@ -28,7 +29,7 @@ class Told:
     estimate: MemoryEstimate
     budget_bytes: int
     fits: list[Largest] = field(default_factory=list)
-    changes: list[Change] | None = None
+    changes: list[Change] | None = field(default_factory=list)
 
     @property
     def is_over(self) -> bool:
@@ -57,13 +58,19 @@ def estimate_run(settings: Settings, length: int, with_fits: bool) -> Told:
         InputError: the model does not exist, or does not allow the settings.
     """
     rows = RowSizes.alike(length, max(1, length // 2))
-    plan = Plan(settings.train, model_config(settings.model), rows, rows)
-    estimate = plan.estimate()
     budget_bytes = parse_budget(settings.train.budget, free_memory())
-    told = Told(estimate, budget_bytes)
-    changes = nearest_that_fits(plan, budget_bytes) if told.is_over else []
-    fits = list(what_fits(plan, budget_bytes, _layers(plan.config))) if with_fits else []
-    return Told(estimate, budget_bytes, fits, changes)
+    with progress("what the run takes"):
+        plan = Plan(settings.train, model_config(settings.model), rows, rows)
+        told = Told(plan.estimate(), budget_bytes)
+    if told.is_over:
+        with progress("settings that fit"):
+            told = replace(told, changes=nearest_that_fits(plan, budget_bytes))
+    if with_fits:
+        with progress("what fits") as bar:
+            for largest in what_fits(plan, budget_bytes, _layers(plan.config)):
+                told.fits.append(largest)
+                bar.advance(note=largest.setting)
+    return told
 
 
 def model_config(settings: ModelSettings) -> dict[str, Any]:
@@ -113,12 +120,14 @@ def estimate_table(length: int) -> dict[str, dict[str, int]]:
     """
     rows = RowSizes.alike(length, max(1, length // 2))
     found: dict[str, dict[str, int]] = {}
-    for name, config in KNOWN_MODELS.items():
-        found[name] = {}
-        for title, given in METHODS.items():
-            settings = TrainSettings(num_layers=-1, batch_size=1, grad_checkpoint=True, **given)
-            stored = {"quantization": {"bits": 4, "group_size": 64}} if "bits" in title else {}
-            found[name][title] = _on_a_line(settings, {**config, **stored}, rows)
+    with progress("table", total=len(KNOWN_MODELS) * len(METHODS)) as bar:
+        for name, config in KNOWN_MODELS.items():
+            found[name] = {}
+            for title, given in METHODS.items():
+                settings = TrainSettings(num_layers=-1, batch_size=1, grad_checkpoint=True, **given)
+                stored = {"quantization": {"bits": 4, "group_size": 64}} if "bits" in title else {}
+                found[name][title] = _on_a_line(settings, {**config, **stored}, rows)
+                bar.advance(note=name)
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-from flows.verbs.frame import START, Config, Overrides, app, load
+from flows.verbs.frame import START, Config, Overrides, app, load, quiet_prefect, quiet_screen
 
 
 @app.command(group=START)
@@ -35,15 +35,19 @@ def estimate(
     as_json
         print one JSON object
     """
+    quiet_prefect()
     from flows.estimating import estimate_run, estimate_table
     from flows.estimating_tables import print_estimate, print_table
 
     console = Console()
     if table:
-        found = estimate_table(length)
+        with quiet_screen():
+            found = estimate_table(length)
         print(json.dumps(found)) if as_json else print_table(console, found, length)
         return
     if budget is not None:
         overrides = [*(overrides or []), f"train.budget={budget}"]
-    told = estimate_run(load(config, overrides), length, with_fits=budget is not None)
+    settings = load(config, overrides)
+    with quiet_screen():
+        told = estimate_run(settings, length, with_fits=budget is not None)
     print(json.dumps(told.plain())) if as_json else print_estimate(console, told)

@@ -10,6 +10,7 @@ from tasks.config import TrainSettings
 from tasks.errors import InputError
 from tasks.models.folder import ModelFolder
 from tasks.prepare.splits import load_splits
+from tasks.progress import progress
 from tasks.publish import StepOutput
 from tasks.train.frozen_prefix import frozen_depth, worth_keeping
 from tasks.train.memory.estimate import Breakdown, MemoryEstimate, Prefixed
@@ -49,7 +50,8 @@ def within_budget(
     budget_bytes = parse_budget(settings.budget, free_memory())
     plan = plan_of(settings, model, data)
     try:
-        estimate = plan.estimate()
+        with progress("memory of the run"):
+            estimate = plan.estimate()
     except UNTRACEABLE as error:
         log.warning(
             "the memory of this model cannot be predicted (%s): train.budget holds while it runs", error
@@ -57,7 +59,8 @@ def within_budget(
         return settings, Allowed(budget_bytes, None)
     if estimate.peak_bytes <= budget_bytes:
         return settings, Allowed(budget_bytes, estimate)
-    changes = nearest_that_fits(plan, budget_bytes, training_only=settings.adapt)
+    with progress("settings that fit"):
+        changes = nearest_that_fits(plan, budget_bytes, training_only=settings.adapt)
     if not settings.adapt or not changes:
         raise InputError(_refusal(settings, estimate, budget_bytes, changes or []))
     for change in changes:
