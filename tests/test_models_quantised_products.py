@@ -70,7 +70,7 @@ def test_a_quantised_model_trains_as_with_its_own_kernels_and_its_head_is_dequan
     token_rows: TokenRows, monkeypatch: pytest.MonkeyPatch, dequantised: list[int]
 ) -> None:
     monkeypatch.setattr(quantised_products, "LEAST_ROWS", 1)
-    monkeypatch.setattr(head_loss, "CHUNK_BYTES", 320 * 4 * 16)  # sixteen positions at a time
+    monkeypatch.setattr(head_loss, "chunk_bytes", lambda: 320 * 4 * 16)  # sixteen positions at a time
     batch = collate(token_rows, np.arange(len(token_rows)))
     found = []
     for fast in (False, True):

@@ -38,7 +38,7 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(
         pieces.append(len(logits))
         return plain(logits, targets)
 
-    monkeypatch.setattr(head_loss, "CHUNK_BYTES", 320 * 4 * 20)
+    monkeypatch.setattr(head_loss, "chunk_bytes", lambda: 320 * 4 * 20)
     monkeypatch.setattr(head_loss, "token_losses", counted)
     chunked, found = losses_and_gradients(network, token_rows)
     assert len(pieces) > 5
