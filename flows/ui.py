@@ -21,6 +21,7 @@ from flows.server import LOOPBACK, down, free_port, running_server, up
 from tasks.errors import StepError
 from tasks.home import runs_dir
 from tasks.progress import Bar, progress
+from tasks.tracking import address_of_view
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,11 @@ STOP_TIMEOUT_S = 5.0
 
 
 def open_ui(
-    port: int = 5000, uri: str | None = None, artifacts: str | None = None, prefect: bool = False
+    port: int = 5000,
+    uri: str | None = None,
+    artifacts: str | None = None,
+    prefect: bool = False,
+    experiment_id: str | None = None,
 ) -> None:
     """Serve MLflow's UI, and Optuna's dashboard where it is installed, until Ctrl-C or SIGTERM.
 
@@ -41,6 +46,7 @@ def open_ui(
             only printed: it has its own UI.
         artifacts: where a new experiment's artifacts go (path or URI); `mlruns/artifacts` by default.
         prefect: start the local Prefect server, if it is not up, for as long.
+        experiment_id: whose curves to point at.
 
     Raises:
         StepError: a UI did not come up or ended by itself; with the last lines of its log.
@@ -58,12 +64,15 @@ def open_ui(
         server = stack.enter_context(_served("mlflow-ui", _mlflow_command(chosen, uri, artifacts)))
         with progress("starting the MLflow UI") as bar:
             _wait_until_healthy(bar, server, chosen)
-        print(f"MLflow UI:  http://{LOOPBACK}:{chosen}", flush=True)
+        address = f"http://{LOOPBACK}:{chosen}"
+        print(f"MLflow UI:  {address}", flush=True)
+        if experiment_id is not None:
+            print(f"  curves of all runs, best first: {address_of_view(address, experiment_id)}")
         if dashboard := _dashboard_command(chosen + 1):
             stack.enter_context(_served("optuna-dashboard", dashboard.command))
             print(f"Optuna:     http://{LOOPBACK}:{dashboard.port}")
-        if address := stack.enter_context(_prefect(prefect)):
-            print(f"Prefect UI: {address}")
+        if prefect_address := stack.enter_context(_prefect(prefect)):
+            print(f"Prefect UI: {prefect_address}")
         print("Ctrl-C ends it.", flush=True)
         server.wait()
         raise StepError(f"the MLflow UI ended by itself with code {server.returncode}; {_last_words()}")

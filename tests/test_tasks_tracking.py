@@ -30,13 +30,24 @@ from tasks.home import CHECKOUT
 from tasks.tracking import (
     PROCESS,
     Run,
+    charts,
     check_store,
     connect,
+    connection,
     mlflow_run,
     read_text,
+    reading,
+    senders,
     stored_runs,
     tracking_uri,
 )
+
+
+def wait_at_most(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """For a store to take last points."""
+    for module in (connection, tracking.run):
+        monkeypatch.setattr(module, "FLUSH_S", seconds)
+
 
 PATIENCE_S = 60.0
 
@@ -120,12 +131,10 @@ def test_a_run_that_is_resumed_is_running_again_keeps_its_points_and_ends_anew()
 
 
 def test_all_runs_are_listed_page_after_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks import tracking
-
     for name in ("first", "second", "third"):
         with mlflow_run(Settings(), name, {}):
             pass
-    monkeypatch.setattr(tracking, "PAGE", 2)
+    monkeypatch.setattr(reading, "PAGE", 2)
     assert [run.name for run in stored_runs(TrackingSettings())] == ["third", "second", "first"]
 
 
@@ -294,7 +303,7 @@ SECRET = "http://me:secret@127.0.0.1:9"
 def test_no_password_reaches_the_outbox_or_a_message(
     home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "FLUSH_S", 0.1)
+    wait_at_most(monkeypatch, 0.1)
     run = Run("0a1b", SECRET, "0")
     run.report(1, {"train_loss": 1.0})
     assert not run.flush()
@@ -308,7 +317,7 @@ def test_no_password_reaches_the_outbox_or_a_message(
 def test_no_password_in_an_error_of_the_store_is_told() -> None:
     with (
         pytest.raises(StepError, match=r"^no route to http://\*\*\*@host$"),
-        tracking._told_in_a_line(),
+        senders._told_in_a_line(),
     ):
         raise OSError("no route to http://me:secret@host\nand more")
 
@@ -351,7 +360,7 @@ def test_an_outage_in_mid_training_loses_nothing(
 def test_a_store_that_is_down_at_the_end_fails_no_run_and_gets_points_and_status_later(
     home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "FLUSH_S", 0.1)
+    wait_at_most(monkeypatch, 0.1)
     monkeypatch.setattr(outbox, "LONGEST_PAUSE_S", 0.1)
     with ExitStack() as down:
         with mlflow_run(Settings(), "a run", {}) as run:
@@ -366,7 +375,7 @@ def test_a_store_that_is_down_at_the_end_fails_no_run_and_gets_points_and_status
 
 
 def test_an_error_is_not_hidden_by_a_store_that_is_down(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "FLUSH_S", 0.1)
+    wait_at_most(monkeypatch, 0.1)
     monkeypatch.setattr(outbox, "LONGEST_PAUSE_S", 0.1)
 
     def work(down: ExitStack) -> None:
@@ -409,7 +418,7 @@ def test_a_locked_database_loses_nothing(
     home: Path, locked_s: float, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outbox, "SEND_EVERY_S", 0.01)
-    monkeypatch.setattr(tracking, "FLUSH_S", PATIENCE_S)
+    wait_at_most(monkeypatch, PATIENCE_S)
     with mlflow_run(Settings(), "a run", {}) as run:
         run.report(0, {"train_loss": 0.0})
         assert run.flush()
@@ -548,7 +557,7 @@ import sys
 from tasks import tracking
 from tasks.config import Settings, TrackingSettings
 
-tracking.FLUSH_S = 1.0
+tracking.run.FLUSH_S = 1.0
 with tracking.mlflow_run(Settings(tracking=TrackingSettings(uri=sys.argv[1])), "a run", {}) as run:
     for step in range(10_000):
         run.report(step, {"train_loss": float(step)})
@@ -649,3 +658,14 @@ def test_processes_at_once_send_their_own_and_share_what_a_dead_one_left(home: P
         assert curve(run_id) == [(step, float(step)) for step in range(400)]
     assert curve(left.id) == [(step, float(step)) for step in range(1, 3000)]
     assert not path.exists()
+
+
+def test_the_experiment_has_a_view_of_charts_and_one_from_before_gets_it() -> None:
+    client, _, experiment_id = connect(TrackingSettings())
+    assert client.get_experiment(experiment_id).tags[charts.VIEW_TAG] == charts.view()
+    client.set_experiment_tag(experiment_id, charts.VIEW_TAG, "of an earlier version")
+    connect(TrackingSettings())
+    assert client.get_experiment(experiment_id).tags[charts.VIEW_TAG] == charts.view()
+    shown = json.loads(charts.view())
+    sections = {section["uuid"] for section in shown["compareRunSections"]}
+    assert {chart["metricSectionId"] for chart in shown["compareRunCharts"]} == sections

@@ -164,9 +164,9 @@ def ui(
         start Prefect's server too, where it is not up
     """
     from flows.ui import open_ui
-    from tasks.tracking import send_leftovers, tracking_uri
+    from tasks.tracking import connect
 
-    uri = tracking_uri(load(config, []).tracking)
+    tracking = load(config, []).tracking
     with advised_screen():
-        send_leftovers(uri)
-        open_ui(port, uri, prefect=prefect)
+        _, uri, experiment_id = connect(tracking)
+        open_ui(port, uri, prefect=prefect, experiment_id=experiment_id)
