@@ -1,7 +1,8 @@
 """Wall clock of one `tunesmith search` beside that of its trials as `mlx_lm.lora` runs, one after another.
 
     python benchmarks/search.py --quick              # 6 trials of 100 rows, one epoch
-    python benchmarks/search.py --folder DIR         # 27 trials, 3 epochs: hours; goes on where it stopped
+    python benchmarks/search.py --folder DIR         # 27 trials, 3 epochs: a day; goes on where it stopped
+    python benchmarks/search.py --rows 200           # of so many rows: two hours on two cores
 
 Both search the bundled model and the standard library's docstrings: LoRA of ranks 8 to 64 with alpha 32 on
 the last 2, 4, 8 or 16 layers, learning rates from 3e-5 to 1e-3, batches of 4 with prompts masked, validation
@@ -47,18 +48,22 @@ if __name__ == "__main__":
 import tasks  # noqa: E402, F401  (sets the process up before MLX is imported)
 
 LAYERS = (2, 4, 8, 16)
+QUICK_ROWS = 100
 STEPS_OF_PARTS, WARM_STEPS = 16, 4
 
 
 def main() -> None:
     """Run, measure, record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="6 trials of 100 rows")
+    parser.add_argument("--quick", action="store_true", help=f"6 trials of {QUICK_ROWS} rows")
+    parser.add_argument("--rows", type=int, help="of the data; all by default")
     parser.add_argument("--folder", type=Path, help="where all is kept, to go on there")
     parser.add_argument("--timed", type=int, default=5, help="runs of mlx_lm that are timed")
     parser.add_argument("--model", help="a model folder, in place of the bundled model")
     parser.add_argument("--part", choices=sorted(PARTS), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.rows = QUICK_ROWS
     folder = chosen.folder or Path(tempfile.mkdtemp(prefix="tunesmith-search-"))
     folder.mkdir(parents=True, exist_ok=True)
     if chosen.part:
@@ -166,7 +171,7 @@ def our_settings(chosen: argparse.Namespace) -> dict[str, Any]:
     return {
         "name": "benchmark",
         **({"model": {"source": chosen.model}} if chosen.model else {}),
-        "data": {"source": "stdlib", **({"max_rows": 100} if chosen.quick else {})},
+        "data": {"source": "stdlib", **({"max_rows": chosen.rows} if chosen.rows else {})},
         "train": {
             "batch_size": 4,
             "epochs": 1 if chosen.quick else 3,
@@ -177,7 +182,7 @@ def our_settings(chosen: argparse.Namespace) -> dict[str, Any]:
             "trials": 6 if chosen.quick else 27,
             "budget": "75%",
             "num_layers": [count for count in LAYERS if count <= layers],
-            "first_rung": 0.3 if chosen.quick else 1 / 27,
+            **({"first_rung": 0.3} if chosen.quick else {}),
             "finetune": False,
         },
     }
