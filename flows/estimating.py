@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tasks.budget import parse_budget
-from tasks.config import ModelSettings, Settings, TrainSettings
-from tasks.models.resolve import check_model
+from tasks.config import Settings, TrainSettings
+from tasks.models.resolve import model_config
 from tasks.progress import progress
 from tasks.train.memory.budget import free_memory
 from tasks.train.memory.estimate import MemoryEstimate
@@ -71,38 +71,6 @@ def estimate_run(settings: Settings, length: int, with_fits: bool) -> Told:
                 told.fits.append(largest)
                 bar.advance(note=largest.setting)
     return told
-
-
-def model_config(settings: ModelSettings) -> dict[str, Any]:
-    """The `config.json` of the base that the settings name, without its weights where it is not here yet.
-
-    Raises:
-        InputError: there is no such model, or the hub cannot be reached.
-    """
-    from tasks.models.gguf_check import read_gguf
-    from tasks.models.gguf_config import model_config as gguf_config
-    from tasks.models.gguf_import import usual_precision
-    from tasks.models.gguf_weights import dense_dtype, quantization
-    from tasks.models.hub import download_config
-    from tasks.models.safety import read_config
-
-    found = check_model(settings)
-    if found is None:
-        config = download_config(settings.source, settings.revision)
-    elif found.is_file():
-        gguf = read_gguf(found)
-        precision = "float32" if settings.quantize or settings.dequantize else usual_precision()
-        config = {**gguf_config(gguf), "dtype": dense_dtype(gguf, precision)}
-        if layers := quantization(gguf, precision):
-            config["quantization"] = layers
-    else:
-        config = read_config(found)
-    if settings.quantize:
-        config["quantization"] = {
-            "bits": settings.quantize.bits,
-            "group_size": settings.quantize.group_size,
-        }
-    return config
 
 
 METHODS: Mapping[str, dict[str, Any]] = {

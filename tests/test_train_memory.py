@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tasks.models.folder import ModelFolder
 from tasks.prepare.splits import TokenRows, save_splits
 from tasks.publish import StepOutput
 from tasks.train.adapters import adapter_config, adapter_weights, add_adapter, count_parameters
+from tasks.train.memory import estimate as estimating
 from tasks.train.memory.backends import CPU
 from tasks.train.memory.budget import in_words, within_budget
 from tasks.train.memory.calibration import CHANGING, Calibration, calibration, learn
@@ -27,6 +29,7 @@ from tasks.train.memory.fusion import fused
 from tasks.train.memory.graph import graph_of, instead_of
 from tasks.train.memory.replay import highest
 from tasks.train.memory.row_sizes import RowSizes
+from tasks.train.memory.skeleton import leave_out, skeleton
 from tasks.train.outline import outline
 
 ROWS = RowSizes.alike(length=65, supervised=32)
@@ -221,3 +224,25 @@ def test_a_damaged_calibration_counts_for_none(home: Path) -> None:
 
 def test_a_breakdown_is_told_largest_first() -> None:
     assert in_words(Breakdown(weights=10**9, logits=2 * 10**9)) == "logits 2.00 GB, weights 1.00 GB"
+
+
+@pytest.mark.parametrize("prefix", ["always", "never"])
+def test_of_many_layers_that_are_alike_a_few_are_traced(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = replace(plan(frozen_prefix=prefix), config={**TINY, "num_hidden_layers": 20})
+    monkeypatch.setattr(estimating, "layers_in_sight", lambda ahead: 9)
+    short = deep.estimate()
+    monkeypatch.setattr(estimating, "layers_in_sight", lambda ahead: 100)
+    whole = deep.estimate()
+    for name in ("training", "validation"):
+        assert short.phases[name].parts() == whole.phases[name].parts()
+    for name, parts in whole.phases.items():
+        assert short.phases[name].bytes == pytest.approx(parts.bytes, rel=0.01)
+
+
+def test_layers_that_differ_are_all_traced() -> None:
+    network = skeleton(
+        {**COMMON, "model_type": "gemma3_text", **CONFIGS["gemma3_text"], "num_hidden_layers": 12}
+    )
+    assert leave_out(network, 12, kept=4) == []
+    alike = skeleton({**TINY, "num_hidden_layers": 12})
+    assert len(leave_out(alike, 12, kept=4)) == 8

@@ -50,8 +50,8 @@ def use_fast_functions(model: nn.Module, others: Mapping[str, Callable[..., Any]
         name: (plain, made if others is None else others.get(name, plain))
         for name, (plain, made) in _replacements().items()
     }
-    for module in model.modules():
-        kind = type(module)
+    modules: Any = model.modules()
+    for kind in {type(module) for module in modules}:
         call = kind.__call__
         if not isinstance(call, FunctionType):
             continue
@@ -61,7 +61,10 @@ def use_fast_functions(model: nn.Module, others: Mapping[str, Callable[..., Any]
             if name in call.__code__.co_names and call.__globals__.get(name) is plain
         }
         if names:
-            module.__class__ = type(kind.__name__, (kind,), {"__call__": with_names(call, names)})
+            ours = type(kind.__name__, (kind,), {"__call__": with_names(call, names)})
+            for module in modules:
+                if type(module) is kind:
+                    module.__class__ = ours
 
 
 def exp(x: mx.array) -> mx.array:

@@ -16,6 +16,7 @@ from tasks.models.gguf_check import GgufFile, read_gguf
 from tasks.models.gguf_config import model_config, special_ids
 from tasks.models.gguf_tokenizer import save_tokenizer
 from tasks.models.gguf_weights import Precision, dense_dtype, mlx_weights, quantization, weight_names
+from tasks.models.safety import read_config
 from tasks.progress import progress
 from tasks.publish import code_version, fingerprint, publishing, write_json
 
@@ -41,8 +42,7 @@ def import_gguf(path: Path, name: str, precision: Precision | None = None) -> Pa
         InputError: the file is corrupt, or holds a model or tokenizer that cannot be represented.
     """
     precision = precision or usual_precision()
-    inputs = {"gguf": file_digest(path), "precision": precision, "code": code_version("models")}
-    target = cache_dir() / "models" / f"{as_folder_name(name)}-{fingerprint(inputs)}"
+    target = _place(path, name, precision)
     if target.is_dir():
         log.info("%s: imported before, reusing %s", name, target)
         return target
@@ -51,6 +51,18 @@ def import_gguf(path: Path, name: str, precision: Precision | None = None) -> Pa
         write_folder(gguf, draft, name, precision)
     log.info("%s: imported from %s into %s", name, path, target)
     return target
+
+
+def gguf_folder_config(path: Path, name: str, precision: Precision | None = None) -> dict[str, Any]:
+    """The `config.json` of the folder that `import_gguf` makes, without making it."""
+    precision = precision or usual_precision()
+    place = _place(path, name, precision)
+    return read_config(place) if place.is_dir() else _folder_config(read_gguf(path), precision)
+
+
+def _place(path: Path, name: str, precision: Precision) -> Path:
+    inputs = {"gguf": file_digest(path), "precision": precision, "code": code_version("models")}
+    return cache_dir() / "models" / f"{as_folder_name(name)}-{fingerprint(inputs)}"
 
 
 def usual_precision() -> Precision:
@@ -64,15 +76,18 @@ def write_folder(gguf: GgufFile, folder: Path, name: str, precision: Precision) 
     Raises:
         InputError: it holds a model or tokenizer that cannot be represented.
     """
-    config = model_config(gguf)
+    config = _folder_config(gguf, precision)
     _check_fits(gguf, config)
     save_tokenizer(gguf, folder, config["max_position_embeddings"])
-    config["dtype"] = dense_dtype(gguf, precision)
-    if layers := quantization(gguf, precision):
-        config["quantization"] = layers
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", special_ids(gguf))
     _write_weights(gguf, folder, name, config, precision)
+
+
+def _folder_config(gguf: GgufFile, precision: Precision) -> dict[str, Any]:
+    config = {**model_config(gguf), "dtype": dense_dtype(gguf, precision)}
+    layers = quantization(gguf, precision)
+    return {**config, "quantization": layers} if layers else config
 
 
 def _check_fits(gguf: GgufFile, config: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any, Literal
 
 from tasks.config import ModelSettings
 from tasks.errors import InputError
@@ -11,7 +12,7 @@ from tasks.models.bundled import BUNDLED_NAME, BUNDLED_SOURCE, bundled_gguf
 from tasks.models.fingerprints import folder_fingerprint
 from tasks.models.folder import ModelFolder
 from tasks.models.gguf_check import has_gguf_magic
-from tasks.models.hub import download_model, is_hub_name
+from tasks.models.hub import download_config, download_model, is_hub_name
 from tasks.models.safety import check_folder, read_config
 
 CHOICES = f"give '{BUNDLED_SOURCE}', a hub name (owner/name), a folder, or a .gguf file"
@@ -31,10 +32,8 @@ def resolve_model(settings: ModelSettings) -> ModelFolder:
         # Imported late: tokenizers and mlx_lm cost seconds that a hub name or folder need not pay.
         from tasks.models.gguf_import import import_gguf
 
-        name = BUNDLED_NAME if source == BUNDLED_SOURCE else found.stem
-        # As stored it may be quantised already, in another way than the one asked for.
-        plain = settings.quantize is not None or settings.dequantize
-        folder = import_gguf(found, name, "float32" if plain else None)
+        name = _gguf_name(settings, found)
+        folder = import_gguf(found, name, _gguf_precision(settings))
     elif found is not None:
         name, folder = found.name, found
     else:
@@ -50,6 +49,38 @@ def resolve_model(settings: ModelSettings) -> ModelFolder:
         )
     check_folder(folder)
     return ModelFolder(folder, name, folder_fingerprint(folder), source, settings)
+
+
+def model_config(settings: ModelSettings) -> dict[str, Any]:
+    """The `config.json` of the base that the settings name, without its weights where it is not here yet.
+
+    Raises:
+        InputError: there is no such model, or the hub cannot be reached.
+    """
+    found = check_model(settings)
+    if found is None:
+        config = download_config(settings.source, settings.revision)
+    elif found.is_file():
+        from tasks.models.gguf_import import gguf_folder_config
+
+        config = gguf_folder_config(found, _gguf_name(settings, found), _gguf_precision(settings))
+    else:
+        config = read_config(found)
+    if settings.quantize:
+        config["quantization"] = {
+            "bits": settings.quantize.bits,
+            "group_size": settings.quantize.group_size,
+        }
+    return config
+
+
+def _gguf_name(settings: ModelSettings, found: Path) -> str:
+    return BUNDLED_NAME if settings.source == BUNDLED_SOURCE else found.stem
+
+
+def _gguf_precision(settings: ModelSettings) -> Literal["float32"] | None:
+    """What is stored may be quantised already, in another way than the one asked for."""
+    return "float32" if settings.quantize or settings.dequantize else None
 
 
 def check_model(settings: ModelSettings) -> Path | None:

@@ -37,7 +37,7 @@ class FrozenLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, given: _Given, last: bool, keep: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        _take_attributes(self, layer)
+        take_attributes(self, layer)
         self._given, self._last = given, last
         if keep:
             self.layer = layer
@@ -63,7 +63,7 @@ class _Given:
 class _Listener(nn.Module):
     def __init__(self, layer: nn.Module, hear: Callable[[mx.array], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        _take_attributes(self, layer)
+        take_attributes(self, layer)
         self.layer = layer
         self._hear = hear
 
@@ -179,7 +179,8 @@ def _note(heard: dict[int, mx.array], depth: int, deepest: int) -> Callable[[mx.
     return note
 
 
-def _take_attributes(module: nn.Module, layer: nn.Module) -> None:
+def take_attributes(module: nn.Module, layer: nn.Module) -> None:
+    """Give a stand-in the plain attributes of its layer."""
     for name, value in vars(layer).items():
         if not name.startswith("_"):
             object.__setattr__(module, name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 
@@ -36,3 +37,12 @@ def pace() -> Pace:
         dispatches=int(operations) if operations else usual.dispatches,
         numbers=int(numbers) * MEBI if numbers else usual.numbers,
     )
+
+
+LEAST_OPERATIONS = 8
+"""Of a transformer's layer, forward; most have twice as many."""
+
+
+def layers_in_sight(ahead: Pace) -> int:
+    """Frozen layers that MLX may have under way at once, and two more."""
+    return 2 + math.ceil(ahead.tasks * ahead.dispatches / (ahead.of_operation * LEAST_OPERATIONS))

@@ -8,7 +8,7 @@ its largest phase.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,13 +20,13 @@ from tasks.models.folder import ModelFolder
 from tasks.publish import StepOutput
 from tasks.train.adapters import adapter_weights
 from tasks.train.frozen_prefix import LEAST_PASSES, frozen_depth
-from tasks.train.memory.backends import pace
+from tasks.train.memory.backends import layers_in_sight, pace
 from tasks.train.memory.calibration import Calibration, calibration
 from tasks.train.memory.fusion import fused
 from tasks.train.memory.graph import Graph, Value
 from tasks.train.memory.replay import Pace, highest
 from tasks.train.memory.row_sizes import RowSizes
-from tasks.train.memory.skeleton import skeleton, with_adapter
+from tasks.train.memory.skeleton import leave_out, skeleton, with_adapter
 from tasks.train.memory.traced_step import (
     BATCH,
     GRADIENT,
@@ -215,7 +215,7 @@ class _Run:
         self.settings, self.config = settings, config
         in_front = settings.prompt_tokens if settings.method == SOFT_PROMPT else 0
         self.train, self.valid = train.longer(in_front), valid.longer(in_front)
-        whole = self._network(freed=False)
+        whole = with_adapter(skeleton(self.config), self.settings)
         self.depth = frozen_depth(settings, len(whole.layers))
         self.prefixed = prefixed if self.depth else Prefixed(False, False)
         vector = embedded(whole)
@@ -223,6 +223,7 @@ class _Run:
         self.vocabulary = _vocabulary(config)
         self.optimizer = optimizer_bytes(whole, settings)
         self.trained = sum(array.nbytes for array in adapter_weights(whole).values())
+        self.left_out = _bytes(leave_out(whole, self.depth, layers_in_sight(pace())))
 
     def phases(self) -> list[Phase]:
         """All of them, in order."""
@@ -239,7 +240,10 @@ class _Run:
         graph = forward_graph(network, rows, longest, self.depth)
         # While a batch is written to the disk, the next one is computed.
         return self._phase(
-            "building the frozen prefix", graph, network, Breakdown(cache=2 * graph.outputs[0].nbytes)
+            "building the frozen prefix",
+            graph,
+            network,
+            Breakdown(weights=self.left_out, cache=2 * graph.outputs[0].nbytes),
         )
 
     def _first_look(self) -> Phase:
@@ -250,7 +254,8 @@ class _Run:
         rows = min(LOOKED_AT, len(self.valid.lengths))
         length = RowSizes.alike(longest, 1).largest_batch(1)[1]
         network = self._network(freed=False)
-        return self._phase("first look", first_look_graph(network, rows, length), network, Breakdown())
+        graph = first_look_graph(network, rows, length)
+        return self._phase("first look", graph, network, Breakdown(weights=self.left_out))
 
     def _validation(self) -> Phase:
         network = self._network(freed=True)
@@ -277,7 +282,7 @@ class _Run:
                 "update",
                 apply_graph(network, self.settings),
                 network,
-                replace(standing, weights=weights),
+                replace(standing, weights=standing.weights + weights),
                 updates=True,
             ),
         ]
@@ -285,8 +290,9 @@ class _Run:
     def _network(self, freed: bool) -> nn.Module:
         """With its adapter, in evaluation mode; `freed`: without the layers that the run frees."""
         network = with_adapter(skeleton(self.config), self.settings)
+        leave_out(network, self.depth, layers_in_sight(pace()))
         if freed and (self.prefixed.train or self.prefixed.valid):
-            replace_prefix(network, self.depth, keep=self.prefixed.train != self.prefixed.valid)
+            replace_prefix(network, self.depth, keep=not self._frees())
         return network
 
     def _shape(self, rows: RowSizes, prefixed: bool) -> BatchShape:
@@ -299,7 +305,15 @@ class _Run:
         split = ((self.train, self.prefixed.train), (self.valid, self.prefixed.valid))
         sizes = [rows.tokens * self.width * self.dtype.size for rows, prefixed in split if prefixed]
         on_gpu = sum(size for size in sizes if size <= GPU_SHARE * own_memory_bytes())
-        return Breakdown(adapters=self.trained if validated else 0, cache=on_gpu)
+        return Breakdown(
+            weights=0 if self._frees() else self.left_out,
+            adapters=self.trained if validated else 0,
+            cache=on_gpu,
+        )
+
+    def _frees(self) -> bool:
+        """Whether the frozen layers are gone when training begins."""
+        return self.prefixed.train and self.prefixed.valid
 
     def _with_batches(self, standing: Breakdown) -> Breakdown:
         """The group's other batches, and those of the next one, which are made while it is computed."""
@@ -333,6 +347,10 @@ class _Run:
             return "logits" if large else "activations"
 
         return name_of
+
+
+def _bytes(layers: Sequence[nn.Module]) -> int:
+    return sum(array.nbytes for layer in layers for _, array in flat(layer.parameters()))
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int:

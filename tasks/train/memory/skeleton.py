@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from tasks.config import TrainSettings
 from tasks.models.cpu_functions import use_fast_functions
@@ -19,6 +20,7 @@ from tasks.train.memory.traced_functions import (
     use_expert_stand_ins,
 )
 from tasks.train.outline import outline
+from tasks.train.substitution import layers_of, take_attributes
 from tasks.train.targets import target_keys
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -56,6 +58,44 @@ def with_adapter(network: nn.Module, settings: TrainSettings) -> nn.Module:
     add_adapter(network, adapter_config(settings, len(network.layers), keys), settings.seed)
     use_expert_stand_ins(network)
     return network
+
+
+class _LeftOut(nn.Module):
+    """Stands in for a layer that is like those beside it, and is not traced."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        take_attributes(self, layer)
+
+    def __call__(self, hidden: mx.array, *_: Any, **__: Any) -> mx.array:
+        return hidden
+
+
+def leave_out(network: nn.Module, depth: int, kept: int) -> list[nn.Module]:
+    """Take the middle of the first `depth` layers out, which all are alike, and return them.
+
+    So many are `kept` that MLX, wherever it is, does not see how many there were.
+    """
+    layers = layers_of(network)
+    if depth <= kept or len({_likeness(layer) for layer in layers[:depth]}) > 1:
+        return []
+    first, last = kept // 2, depth - (kept - kept // 2)
+    out = layers[first:last]
+    layers[first:last] = [_LeftOut(layer) for layer in out]
+    return out
+
+
+def _likeness(layer: nn.Module) -> tuple[Any, ...]:
+    """Equal for layers that compute the same with other weights."""
+    modules = [(name, type(module), _plain(module)) for name, module in layer.named_modules()]
+    arrays: Any = tree_flatten(layer.parameters())
+    return (*modules, *[(name, array.shape, array.dtype) for name, array in arrays])
+
+
+def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Settings of a module, but for its number among the layers."""
+    own = ((name, value) for name, value in vars(module).items() if name != "layer_idx")
+    return tuple((name, value) for name, value in own if isinstance(value, (bool, int, float, str)))
 
 
 def _stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
