@@ -8,20 +8,14 @@ Python beside it is what it is everywhere.
 from __future__ import annotations
 
 import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 
-import tasks
+from bare_steps import without_prefect
 
-STEPS = ("models", "prepare", "train")
+import tasks  # noqa: F401  (sets the process up before MLX is imported)
 
 if importlib.util.find_spec("prefect") is None:
-    for step in STEPS:
-        package = ModuleType(f"tasks.{step}")
-        package.__path__ = [str(Path(tasks.__file__).parent / step)]
-        sys.modules[package.__name__] = package
+    without_prefect(("models", "prepare", "train"))
 
-from tasks.models.mlx_lm_import import import_mlx_lm  # noqa: E402  (only now can it be found)
+from tasks.models.mlx_lm_import import import_mlx_lm
 
 import_mlx_lm()

@@ -3,6 +3,10 @@
     python benchmarks/quickstart.py --quick     # one second run of each kind, about 6 minutes
     python benchmarks/quickstart.py             # three of each, kept under benchmarks/results/
 
+`plain_second_run_s` is the second run without Prefect: its steps called as functions in one MLflow run, in a
+process that does not import Prefect. What a flow run costs beyond it is `startup_overhead_s`, with
+a server `startup_overhead_with_server_s`.
+
 Every run has an empty home, an empty cache and an empty Prefect home of its own. The figures of the
 first run are read from MLflow, not from what the command prints.
 """
@@ -16,12 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import tasks  # noqa: F401  (sets the process up before MLflow is imported)
 
 CHECKOUT = Path(__file__).parent.parent
 sys.path.insert(0, str(CHECKOUT))
+
+PLAIN = (str(Path(__file__).with_name("plain_quickstart.py")),)
 
 
 def main() -> None:
@@ -35,6 +42,7 @@ def main() -> None:
         help_s = statistics.median(run(home, "--help") for _ in range(5))
         first_s = run(home, "quickstart")
         alone = [run(home, "quickstart") for _ in range(repeats)]
+        plain = [run(home, program=PLAIN) for _ in range(repeats)]
         run(home, "up", "--port", "4291")
         try:
             served = [run(home, "quickstart") for _ in range(repeats)]
@@ -45,14 +53,18 @@ def main() -> None:
             "first_run_s": round(first_s, 1),
             "second_run_s": round(statistics.median(alone), 1),
             "second_run_with_server_s": round(statistics.median(served), 1),
+            "plain_second_run_s": round(statistics.median(plain), 1),
+            "startup_overhead_s": round(statistics.median(alone) - statistics.median(plain), 1),
+            "startup_overhead_with_server_s": round(statistics.median(served) - statistics.median(plain), 1),
             **figures_in_mlflow(home),
         }
     from record import record
 
-    record("quickstart", figures, quick, {"second_runs_s": alone, "second_runs_with_server_s": served})
+    details = {"second_runs_s": alone, "second_runs_with_server_s": served, "plain_second_runs_s": plain}
+    record("quickstart", figures, quick, details)
 
 
-def run(home: Path, *arguments: str) -> float:
+def run(home: Path, *arguments: str, program: Sequence[str] = ("-m", "flows.cli")) -> float:
     """Seconds that one `tunesmith` command takes as a whole process; it has to succeed."""
     environment = {
         **os.environ,
@@ -62,13 +74,14 @@ def run(home: Path, *arguments: str) -> float:
     }
     started = time.perf_counter()
     with (home / "output.txt").open("w+") as output:
-        command = [sys.executable, "-m", "flows.cli", *arguments]
+        command = [sys.executable, *program, *arguments]
         done = subprocess.run(command, env=environment, cwd=CHECKOUT, stdout=output, stderr=output)
         seconds = time.perf_counter() - started
         output.seek(0)
+        told = " ".join(command[1:])
         if done.returncode != 0:
-            sys.exit(f"tunesmith {' '.join(arguments)} exited with {done.returncode}:\n{output.read()}")
-    print(f"tunesmith {' '.join(arguments)}: {seconds:.1f} s", flush=True)
+            sys.exit(f"{told} exited with {done.returncode}:\n{output.read()}")
+    print(f"{told}: {seconds:.1f} s", flush=True)
     return seconds
 
 
