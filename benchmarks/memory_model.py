@@ -39,7 +39,7 @@ from typing import Any
 import bare_engine  # noqa: F401
 import numpy as np
 from memory_cells import Cell, accepted, predict
-from record import commit, machine_name, record
+from record import commit, kept_cells, machine_name, record
 from step_models import BUNDLED
 
 from tasks.models.device import on_gpu
@@ -67,7 +67,7 @@ def main() -> None:
         _measure(wanted, file, chosen.minutes)
     if chosen.predict:
         _predict_again(file)
-    found = {key: cell for key, cell in _kept(file).items() if "predicted" in cell}
+    found = {key: cell for key, cell in kept_cells(file).items() if "predicted" in cell}
     if chosen.budget:
         figures = _budget_figures([found[cell.key] for cell in wanted if cell.key in found])
     else:
@@ -150,7 +150,7 @@ def _affordable(cell: Cell, quick: bool) -> bool:
 def _measure(wanted: Iterable[Cell], file: Path, minutes: float) -> None:
     """Measure what is not kept yet; on a GPU the cells of one base in one process, which starts slowly."""
     started = time.perf_counter()
-    kept = _kept(file)
+    kept = kept_cells(file)
     todo = [cell for cell in wanted if cell.key not in kept]
     for _, same in groupby(todo, lambda cell: (cell.model, cell.base) if on_gpu() else cell.key):
         left = list(same)
@@ -187,20 +187,8 @@ def _keep(file: Path, cell: dict[str, Any]) -> None:
 
 def _predict_again(file: Path) -> None:
     """The cells kept with what the model as it is now makes of them; on the kind of machine they are of."""
-    for cell in _kept(file).values():
+    for cell in kept_cells(file).values():
         _keep(file, {**cell, "predicted": predict(_as_cell(cell))})
-
-
-def _kept(file: Path) -> dict[str, dict[str, Any]]:
-    """The cells of a file by key, the last of each; a line that was cut off is none."""
-    cells = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            cell = json.loads(line)
-        except ValueError:
-            continue
-        cells[cell["key"]] = cell
-    return cells
 
 
 def predicted_bytes(cell: Mapping[str, Any], tasks: int, ratio: float = 1.0) -> int:

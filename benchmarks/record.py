@@ -59,12 +59,29 @@ def machine_name() -> str:
 
 @cache
 def commit() -> str:
-    """Of the checkout, "-dirty" where it holds more; `COMMIT` where the code is a copy without history."""
+    """Of the checkout, "-dirty" where more than results is changed; `COMMIT` where there is no history."""
     if given := os.environ.get("COMMIT"):
         return given
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    short = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS}")
+    return f"{short}-dirty" if changed else short or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def kept_cells(file: Path) -> dict[str, dict[str, Any]]:
+    """The cells of a file of JSON lines by key, the last of each; a line that was cut off is none."""
+    cells = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            cell = json.loads(line)
+        except ValueError:
+            continue
+        cells[cell["key"]] = cell
+    return cells
 
 
 def _versions() -> dict[str, str]:

@@ -42,7 +42,7 @@ from typing import Any
 
 import bare_engine  # noqa: F401
 import mlx.core as mx
-from record import commit, machine_name, record
+from record import commit, kept_cells, machine_name, record
 from step_cells import (
     ALL,
     CURVE_BATCH,
@@ -70,12 +70,12 @@ def main() -> None:
     chosen = _arguments()
     file = chosen.cells or Path("build") / f"train_step-{machine_name()}.jsonl"
     if chosen.table:
-        print(markdown(list(_measured(file).values())))
+        print(markdown(list(kept_cells(file).values())))
         return
     started = time.perf_counter()
     file.parent.mkdir(parents=True, exist_ok=True)
     code = code_version("train")
-    measured = {key: cell for key, cell in _measured(file).items() if cell["code"] == code}
+    measured = {key: cell for key, cell in kept_cells(file).items() if cell["code"] == code}
     wanted = list(_cells(chosen))
     for model, method in dict.fromkeys((cell.model, cell.method) for cell in wanted):
         todo = [cell for cell in wanted if (cell.model, cell.method) == (model, method)]
@@ -201,18 +201,6 @@ def _figures(
 
 def _base_in_words(cell: Cell) -> str:
     return "4 bits" if cell.method == "qlora" else ("bfloat16" if on_gpu() else "float32")
-
-
-def _measured(file: Path) -> dict[str, dict[str, Any]]:
-    """The cells of a file by key, the last of each; a line that was cut off is none."""
-    cells = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            cell = json.loads(line)
-        except ValueError:
-            continue
-        cells[cell["key"]] = cell
-    return cells
 
 
 def _words(text: str) -> list[str]:
