@@ -77,6 +77,7 @@ def _leaderboard(study: Study) -> Table:
     for heading in (
         "trial",
         "val loss",
+        *study.scores,
         "rung",
         *(NAMES.get(each, each) for each in names),
         "GB",
@@ -89,6 +90,7 @@ def _leaderboard(study: Study) -> Table:
         table.add_row(
             str(trial.number),
             f"{trial.val_loss:.4f}" if standing.val_losses else "-",
+            *(f"{standing.scores[name]:.2f}" if name in standing.scores else "-" for name in study.scores),
             f"{len(trial.losses)}/{len(standing.rung_steps)}",
             *(_value(trial.params, name) for name in names),
             f"{standing.measured_bytes / GIGABYTE:.2f}" if standing.measured_bytes else "-",
@@ -113,6 +115,7 @@ def _plain(trial: Trial) -> dict[str, Any]:
         "state": trial.state,
         "params": dict(trial.params),
         "val_loss": trial.val_loss if standing.val_losses else None,
+        "scores": dict(standing.scores),
         "val_losses": [list(each) for each in standing.val_losses],
         "rung": len(trial.losses),
         "rungs": list(standing.rung_steps),

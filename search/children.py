@@ -16,8 +16,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from search.worker import Begin, Message, Order
-from tasks.models.folder import ModelFolder
-from tasks.publish import StepOutput
 
 GRACE_S = 60.0
 """A child that was told to stop has so long to finish its step and save it."""
@@ -46,7 +44,7 @@ class Death:
 class Child:
     """One worker process."""
 
-    def __init__(self, model: ModelFolder, data: StepOutput, threads: int) -> None:
+    def __init__(self, begin: Begin, threads: int) -> None:
         self.connection, theirs = Pipe()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `bury`)
         # -P: a folder named `search` or `tasks` in the working directory is not this one.
@@ -61,7 +59,7 @@ class Child:
         )
         theirs.close()
         with suppress(OSError):  # of a child that is dead already, `receive` says so
-            self.connection.send(Begin(model, data))
+            self.connection.send(begin)
 
     def order(self, order: Order) -> None:
         """Give it something to do; of a child that is dead, `receive` says so."""
@@ -103,8 +101,8 @@ class Child:
 class Children:
     """Up to `limit` workers, started as they are asked for."""
 
-    def __init__(self, model: ModelFolder, data: StepOutput, limit: int) -> None:
-        self._model, self._data = model, data
+    def __init__(self, begin: Begin, limit: int) -> None:
+        self._begin = begin
         self._threads = max(1, (os.cpu_count() or 1) // limit)
         self._limit = limit
         self._idle: list[Child] = []
@@ -122,7 +120,7 @@ class Children:
 
     def start(self, order: Order) -> Child:
         """Give an order to a child that is idle, or to a new one."""
-        child = self._idle.pop() if self._idle else Child(self._model, self._data, self._threads)
+        child = self._idle.pop() if self._idle else Child(self._begin, self._threads)
         self._busy.append(child)
         child.order(order)
         return child

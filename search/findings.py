@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState
 
 from search.proposals import study_in_memory
-from search.study import GIGABYTE, Study, Trial
+from search.study import GIGABYTE, Study, Trial, objective_values
 
 LEAST_TRIALS = 8
 """Fewer say nothing about which parameter decides."""
@@ -65,6 +65,7 @@ def leaderboard(study: Study) -> dict[str, list[Any]]:
         "trial": lambda trial: trial.number,
         "state": lambda trial: trial.state,
         "val_loss": lambda trial: trial.val_loss if math.isfinite(trial.val_loss) else None,
+        **{name: partial(_score, name) for name in study.scores},
         "rung": lambda trial: f"{len(trial.losses)}/{len(trial.standing.rung_steps)}",
         **{name: partial(_parameter, name) for name in names},
         "steps": lambda trial: trial.step,
@@ -77,15 +78,21 @@ def leaderboard(study: Study) -> dict[str, list[Any]]:
     return {name: [value(trial) for trial in trials] for name, value in columns.items()}
 
 
+def _score(name: str, trial: Trial) -> float | None:
+    return trial.standing.scores.get(name)
+
+
 def _parameter(name: str, trial: Trial) -> Any:
     return trial.params.get(name)
 
 
 def ranked(study: Study) -> list[Trial]:
-    """Those trained to the end first, then those that got farthest, by loss within."""
+    """Those trained to the end, best first by the first objective; then those that got farthest, by loss."""
 
     def place(trial: Trial) -> tuple[int, int, float, int]:
         loss = trial.val_loss if math.isfinite(trial.val_loss) else math.inf
+        if trial.state == "trained":
+            loss = objective_values(trial, study.objectives)[0]
         return ORDER.index(trial.state), -len(trial.losses), loss, trial.number
 
     return sorted(study.trials.values(), key=place)

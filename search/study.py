@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,9 @@ TOLD: dict[State, TrialState] = {
 }
 """What Optuna is told; it knows what did not fit by a violated constraint."""
 
+LOWEST_WANTED = ("loss", "memory", "time")
+"""Objectives; the others are scores."""
+
 GIGABYTE = 1e9
 
 
@@ -59,6 +62,7 @@ class Standing:
         adapter: the folder of the published adapter, of a trained one.
         reason: why it stopped, where it did not come to its end.
         deaths: processes that were killed while they trained it.
+        scores: of its answers, by name, where they are an objective.
     """
 
     state: State
@@ -72,6 +76,7 @@ class Standing:
     adapter: str = ""
     reason: str = ""
     deaths: int = 0
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,13 @@ class Study:
 
     @property
     def objectives(self) -> list[str]:
-        """The names of what is to be low."""
+        """The names of what is searched for."""
         return list(self.stored.metric_names or ["loss"])
+
+    @property
+    def scores(self) -> list[str]:
+        """Those of the objectives that are scores of answers."""
+        return [name for name in self.objectives if name not in LOWEST_WANTED]
 
     def front(self) -> list[int]:
         """Numbers of the trained trials that no other is better than in all objectives."""
@@ -183,7 +193,7 @@ class Study:
         for name, value in _readable(trial.standing).items() - _readable(before.standing).items():
             handle.set_user_attr(name, value)
         self.trials[number] = trial
-        if len(self.stored.directions) == 1:
+        if self.objectives == ["loss"]:
             known = self.stored.get_trials(deepcopy=False)[number].intermediate_values
             for step, loss in _best_so_far(trial.standing.val_losses):
                 if step not in known:
@@ -200,9 +210,13 @@ class Study:
         self.trials[number] = replace(self.trials[number], run_id=run_id)
 
     def best(self) -> Trial | None:
-        """The trained trial of the lowest validation loss, if any was trained."""
+        """The trained trial that the first objective finds best, if any was trained."""
         trained = [trial for trial in self.trials.values() if trial.state == "trained"]
-        return min(trained, key=lambda trial: (trial.val_loss, trial.number), default=None)
+        return min(
+            trained,
+            key=lambda trial: (objective_values(trial, self.objectives)[0], trial.number),
+            default=None,
+        )
 
     def _handle(self, number: int) -> optuna.trial.Trial:
         frozen = self.stored.get_trials(deepcopy=False)[number]
@@ -213,19 +227,29 @@ class Study:
             handle = self._handle(trial.number)
             if "process" not in handle.constraints:
                 handle.set_constraint("process", 1.0)
-        values = objective_values(trial, self.objectives) if trial.state == "trained" else None
+        values = None
+        if trial.state == "trained":
+            found = objective_values(trial, self.objectives)
+            values = [_sign(name) * value for name, value in zip(self.objectives, found, strict=True)]
         self.stored.tell(trial.number, values, state=TOLD[trial.state])
 
 
 def objective_values(trial: Trial, objectives: Sequence[str]) -> tuple[float, ...]:
-    """What is to be low: validation loss, peak memory (GB), training time (s) of a trained trial."""
+    """What is to be low of a trained trial: validation loss, peak memory (GB), training time (s), and scores
+    of its answers with the other sign."""
     standing = trial.standing
     values = {
         "loss": trial.val_loss,
         "memory": standing.measured_bytes / GIGABYTE,
         "time": standing.seconds,
+        **{name: -score for name, score in standing.scores.items()},
     }
     return tuple(values[name] for name in objectives)
+
+
+def _sign(objective: str) -> int:
+    """-1 of what is wanted high."""
+    return 1 if objective in LOWEST_WANTED else -1
 
 
 def create_study(name: str, objectives: Sequence[str] = ("loss",)) -> Study:
@@ -240,7 +264,7 @@ def create_study(name: str, objectives: Sequence[str] = ("loss",)) -> Study:
         stored = optuna.create_study(
             study_name=chosen,
             storage=storage,
-            directions=["minimize"] * len(objectives),
+            directions=["minimize" if _sign(name) > 0 else "maximize" for name in objectives],
             pruner=optuna.pruners.NopPruner(),
         )
         with warnings.catch_warnings():  # optuna 5.0 calls it experimental; optuna-dashboard shows the names

@@ -110,7 +110,8 @@ class TrialRuns:
 
 def _figures(trial: Trial) -> dict[str, float]:
     losses = {"best_val_loss": trial.val_loss} if trial.standing.val_losses else {}
-    return {**losses, "measured_memory": trial.standing.measured_bytes / GIGABYTE}
+    scores = {f"val_{name}": score for name, score in trial.standing.scores.items()}
+    return {**losses, **scores, "measured_memory": trial.standing.measured_bytes / GIGABYTE}
 
 
 def _tags(trial: Trial) -> dict[str, str]:

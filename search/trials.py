@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from search.rungs import (
 from search.space import Params, all_values, proposed, search_space
 from search.study import GIGABYTE, Standing, Study, Trial, objective_values
 from search.trial_runs import TrialRuns
-from search.worker import Done, Failed, Message, Point, Prefixes, Told, Train
+from search.worker import Begin, Done, Failed, Message, Point, Prefixes, Told, Train
 from tasks.config import Range, Settings, TrainSettings
 from tasks.errors import InputError, StepError
 from tasks.models.device import on_gpu
@@ -100,7 +100,7 @@ class Search:
     def run(self) -> list[Trial]:
         """All trials, in order of their numbers, when none of them can go on."""
         with (
-            Children(self._model, self._data, self._workers) as children,
+            Children(self._begin(), self._workers) as children,
             self._runs,
             progress("search", total=100) as bar,
         ):
@@ -148,6 +148,9 @@ class Search:
         if name not in self.study.attributes:
             self.study.remember(**{name: choose()})
         return int(self.study.attributes[name])
+
+    def _begin(self) -> Begin:
+        return Begin(self._model, self._data, self.settings.evaluate, self._space.scores)
 
     def _seconds(self) -> float:
         return self._before_s + time.monotonic() - self._started
@@ -319,8 +322,9 @@ class Search:
             return Known(trial.params, violation=1.0)
         if len(trial.losses) <= level:
             return Known(trial.params, (trial.losses[-1],), stopped_at=len(trial.losses))
-        others = objective_values(trial, self.study.objectives)[1:]
-        return Known(trial.params, (trial.losses[level], *others))
+        if self.study.objectives == ["loss"]:
+            return Known(trial.params, (trial.losses[level],))
+        return Known(trial.params, objective_values(trial, self.study.objectives))
 
     def _time_is_up(self) -> bool:
         """Whether the rest of the time is needed by the trials that will go on."""
@@ -352,7 +356,7 @@ class Search:
     def _end_of(self, work: _Work, message: Done | Failed | Death) -> None:
         """Write down how the training to a rung went."""
         if isinstance(message, Done) and message.reached:
-            self._reached(work.number, message.reached)
+            self._reached(work.number, message.reached, message.scores)
         elif isinstance(message, Failed) and message.kind == "input":
             raise InputError(message.reason)
         elif isinstance(message, Failed):
@@ -361,7 +365,7 @@ class Search:
         elif isinstance(message, Death):
             self._died(work.number, message)
 
-    def _reached(self, number: int, reached: Reached) -> None:
+    def _reached(self, number: int, reached: Reached, scores: Mapping[str, float]) -> None:
         self.study.update(
             number,
             state="trained" if reached.ended_by else "waiting",
@@ -370,6 +374,7 @@ class Search:
             seconds=reached.seconds,
             measured_bytes=reached.peak_bytes,
             adapter=str(reached.adapter or ""),
+            scores=dict(scores),
         )
 
     def _died(self, number: int, death: Death) -> None:

@@ -15,10 +15,10 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
-from tasks.config import TrainSettings
+from tasks.config import EvaluateSettings, TrainSettings
 from tasks.errors import InputError, StepError
 from tasks.models.folder import ModelFolder
 from tasks.publish import StepOutput
@@ -36,10 +36,16 @@ LOGGERS = ("tasks", "search")
 
 @dataclass(frozen=True)
 class Begin:
-    """The first order: what all trials have in common."""
+    """The first order: what all trials have in common.
+
+    Attributes:
+        evaluate: how finished trials answer validation prompts, where there are `scores` to give them.
+    """
 
     model: ModelFolder
     data: StepOutput
+    evaluate: EvaluateSettings
+    scores: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,10 @@ class Told:
 
 @dataclass(frozen=True)
 class Done:
-    """An order is carried out; `reached` of a training."""
+    """An order is carried out; `reached` of a training, `scores` of one that is at its end."""
 
     reached: Reached | None
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,8 @@ class Worker:
     def carry_out(self, order: Order) -> None:
         """Answer an order with `Done` or `Failed`."""
         try:
-            self.send(Done(self._do(order)))
+            reached = self._do(order)
+            self.send(Done(reached, self._scores(reached)))
         except (Exception, KeyboardInterrupt) as error:
             self.send(_failed(error))
 
@@ -148,6 +156,17 @@ class Worker:
         return train_trial(
             order.settings, self._base, self._begin.data, self._report, order.until_step, allowed
         )
+
+    def _scores(self, reached: Reached | None) -> Mapping[str, float]:
+        """Of the answers of a finished trial to validation prompts."""
+        begin = self._begin
+        if not begin.scores or reached is None or reached.adapter is None:
+            return {}
+        from tasks.evaluate.measure import answer_scores
+
+        self._base = None  # or it would be in memory twice
+        found = answer_scores(begin.evaluate, begin.model, reached.adapter, begin.data, "valid")
+        return {name: found[name] for name in begin.scores}
 
     def _report(self, step: int, metrics: Mapping[str, float]) -> None:
         self.send(Point(step, dict(metrics)))

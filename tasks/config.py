@@ -433,8 +433,10 @@ class SearchSettings(Section):
     targets: Some[str] | None = Field(
         None, description="in place of train.targets; of each the names with a comma between: q_proj,v_proj"
     )
-    objectives: Some[Literal["loss", "memory", "time"]] = Field(
-        ("loss",), description="lowest wanted; of several a Pareto front is found, of trials without rungs"
+    objectives: Some[Literal["loss", "chrf", "rouge_l", "exact_match", "memory", "time"]] = Field(
+        ("loss",),
+        description="the first chooses the best trial; of several a Pareto front is found. Scores are of "
+        "answers to the first evaluate.samples validation prompts. But for loss alone trials have no rungs",
     )
     sampler: Literal["tpe", "gp"] = Field("tpe", description="gp needs PyTorch")
     rungs: Literal["halving", "median", "none"] = Field(
@@ -454,15 +456,21 @@ class SearchSettings(Section):
     def _nothing_without_effect(self) -> SearchSettings:
         if self.alpha is not None and self.scale is not None:
             raise ValueError("scale is used in place of alpha; search one of them")
-        if self.objectives[0] != "loss":
+        if self.objectives[0] in ("memory", "time"):
             raise ValueError(
-                f"objectives begin with loss, which the best trial is chosen by; got {self.objectives[0]}"
+                "objectives begin with loss or a score, which the best trial is chosen by; "
+                f"got {self.objectives[0]}"
             )
-        if len(self.objectives) > 1 and self.rungs != "none":
+        if self.objectives != ("loss",) and self.rungs != "none":
             raise ValueError(
-                f"rungs {self.rungs} stops trials by their loss alone; set rungs=none for several objectives"
+                f"rungs {self.rungs} stops trials by their loss alone; set rungs=none for other objectives"
             )
         return self
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The objectives that are scores of answers, which are wanted high."""
+        return tuple(name for name in self.objectives if name not in ("loss", "memory", "time"))
 
 
 class TrackingSettings(Section):
@@ -515,6 +523,10 @@ class Settings(Section):
     @model_validator(mode="after")
     def _method_fits_the_rest(self) -> Settings:
         quantize, method = self.model.quantize, self.train.method
+        if self.search.scores and not self.evaluate.samples:
+            raise ValueError(
+                f"search.objectives: {self.search.scores[0]} is a score of answers, and evaluate.samples is 0"
+            )
         if quantize and method == "full":
             raise ValueError("train.method full cannot train quantised weights; leave out model.quantize")
         if quantize and method == "dora" and quantize.bits not in DORA_BITS:

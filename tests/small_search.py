@@ -50,8 +50,8 @@ def small_settings(train: Mapping[str, Any] | None = None, **search: Any) -> Set
 class InProcess:
     """Stands in for `Children`: orders are carried out in this process, at once, by the worker's own code."""
 
-    def __init__(self, model: ModelFolder, data: StepOutput, limit: int) -> None:
-        self._begin, self._limit = Begin(model, data), limit
+    def __init__(self, begin: Begin, limit: int) -> None:
+        self._begin, self._limit = begin, limit
         self._base: WarmBase | None = None
         self._at_work: list[_Here] = []
 

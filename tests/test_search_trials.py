@@ -19,13 +19,15 @@ from small_search import InProcess, ending, price, run_search, small_settings
 
 from search import trials as trials_module
 from search.children import Children, Death
-from search.findings import findings
+from search.findings import findings, ranked
 from search.leftovers import PROCESS
 from search.study import Standing, Study, create_study, held, open_study, read_study
-from search.worker import Train
-from tasks.config import TrackingSettings
+from search.worker import Begin, Train
+from tasks.config import DataSettings, EvaluateSettings, TrackingSettings
 from tasks.errors import InputError
+from tasks.evaluate.measure import answer_scores
 from tasks.models.folder import ModelFolder
+from tasks.prepare.pipeline import prepare_data
 from tasks.prepare.splits import TokenRows, save_splits
 from tasks.publish import StepOutput
 from tasks.tracking import Run, connect, nested_runs
@@ -391,6 +393,30 @@ def test_of_several_objectives_a_front_is_found_within_the_budget(
         assert trial.values[1] == study.trials[trial.number].standing.measured_bytes / GIGABYTE
 
 
+@pytest.mark.usefixtures("in_process")
+def test_a_score_of_answers_chooses_the_best_and_is_wanted_high(
+    tiny_model: ModelFolder, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{n}+{n}?", "completion": f"It is {2 * n}."} for n in range(40)]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = prepare_data(DataSettings(source=str(path)), tiny_model)
+    settings = small_settings(
+        objectives=["chrf", "loss"], rungs="none", trials=3, train={"epochs": 1}
+    ).model_copy(update={"evaluate": EvaluateSettings(samples=2, max_tokens=4)})
+    study = run_search(settings, tiny_model, data, budget_bytes=2 * GIGABYTE)
+    scores = {number: trial.standing.scores["chrf"] for number, trial in study.trials.items()}
+    best = study.best()
+    assert best is not None
+    assert scores[best.number] == max(scores.values())
+    assert ranked(study)[0].number == best.number
+    assert [direction.name for direction in study.stored.directions] == ["MAXIMIZE", "MINIMIZE"]
+    for trial in study.stored.get_trials(states=(TrialState.COMPLETE,)):
+        assert trial.values == [scores[trial.number], study.trials[trial.number].val_loss]
+    adapter = Path(study.trials[0].standing.adapter)
+    assert answer_scores(settings.evaluate, tiny_model, adapter, data, "valid")["chrf"] == scores[0]
+
+
 def test_what_became_of_a_trial_is_told_again_when_the_kill_came_before_it(in_its_home: Study) -> None:
     study = create_study("between")
     trial = study.add({}, {}, Standing("waiting", 1, (3,), 0), 10)
@@ -422,7 +448,7 @@ def test_an_unknown_study_is_named_with_those_there_are() -> None:
 def test_a_death_names_the_signal_and_what_the_child_said_last(
     tiny_model: ModelFolder, data: StepOutput
 ) -> None:
-    with Children(tiny_model, data, 1) as children:
+    with Children(Begin(tiny_model, data, EvaluateSettings()), 1) as children:
         child = children.start(Train(small_settings().train, None, 10**12))
         os.kill(child.process.pid, signal.SIGABRT)
         while not isinstance(message := child.receive(), Death):

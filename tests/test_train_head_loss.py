@@ -21,10 +21,12 @@ def losses_and_gradients(network: nn.Module, rows: TokenRows) -> tuple[float, di
     return loss.item(), dict(tree_flatten(gradient))
 
 
+@pytest.mark.parametrize("gpus", [False, True], ids=["our cross-entropy", "MLX's, as on a GPU"])
 @pytest.mark.parametrize("trained", ["layers", "everything", "nothing in training mode"])
 def test_chunks_give_the_loss_and_gradients_of_the_whole(
-    token_rows: TokenRows, monkeypatch: pytest.MonkeyPatch, trained: str
+    token_rows: TokenRows, monkeypatch: pytest.MonkeyPatch, trained: str, gpus: bool
 ) -> None:
+    monkeypatch.setattr(head_loss, "on_gpu", lambda: gpus)
     network = tiny_network()
     if trained == "layers":
         network.freeze()

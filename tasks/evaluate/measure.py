@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tasks.config import EvaluateSettings, TrainSettings
+from tasks.errors import InputError
 from tasks.models.fingerprints import file_digest
 from tasks.models.folder import ModelFolder
 from tasks.prepare.chats import load_rows, load_template
@@ -83,13 +84,7 @@ def measure(
     """
     from tasks.evaluate.custom_metrics import files_of
 
-    subject = {
-        "model": model.fingerprint,
-        "adapter": adapter_digest(adapter.path) if adapter else None,
-        "data": data.fingerprint,
-        "splits": list(splits),
-        "code": {step: code_version(step) for step in ("train", "models")},
-    }
+    subject = _subject(model, adapter.path if adapter else None, data, splits)
     inputs = {
         "part": WHOLE,
         **subject,
@@ -113,6 +108,36 @@ def measure(
         inputs,
         lambda draft: _measure(draft, settings, subject, load, frozen, data.path, splits, who),
     )
+
+
+def answer_scores(
+    settings: EvaluateSettings, model: ModelFolder, adapter: Path, data: StepOutput, split: str
+) -> dict[str, float]:
+    """Means of the scores of an adapter's answers to the first `settings.samples` questions of a split.
+
+    Raises:
+        InputError: no row of the split is a question that is answered in words.
+    """
+    chats = _chats(data.path, (split,), settings.samples)
+    if not chats:
+        raise InputError(f"no row of {split} asks and is answered in words: there is nothing to score")
+    subject = _subject(model, adapter, data, (split,))
+    load = cache(lambda: _load(model.path, adapter, load_template(data.path)))
+    written = _answers(settings, subject, load, data.path, chats, "tuned")
+    figures = _scored(chats, written, settings, {})
+    return {name: float(value) for name, value in figures.items() if name != "answers"}
+
+
+def _subject(
+    model: ModelFolder, adapter: Path | None, data: StepOutput, splits: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "model": model.fingerprint,
+        "adapter": adapter_digest(adapter) if adapter else None,
+        "data": data.fingerprint,
+        "splits": list(splits),
+        "code": {step: code_version(step) for step in ("train", "models")},
+    }
 
 
 def adapter_digest(folder: Path) -> str:
