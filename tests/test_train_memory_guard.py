@@ -13,7 +13,7 @@ from tasks.prepare.splits import TokenRows
 from tasks.train.adapters import adapter_config, adapter_weights, add_adapter
 from tasks.train.checkpoints import Checkpoints
 from tasks.train.loop import fit
-from tasks.train.memory_guard import MARGIN, MemoryGuard, OverBudget
+from tasks.train.memory_guard import MARGIN, MemoryGuard, OverBudget, holding_back
 
 
 def test_a_run_over_its_budget_is_stopped_with_a_checkpoint_from_which_it_goes_on(
@@ -41,3 +41,25 @@ def test_the_margin_is_what_a_prediction_may_be_wrong_by() -> None:
     peak = mx.get_peak_memory()
     assert not MemoryGuard(round(peak / (1 + MARGIN)) + 2).exceeded
     assert MemoryGuard(round(peak / (1 + MARGIN)) - 2).exceeded
+
+
+def test_mlx_runs_ahead_no_farther_than_the_budget() -> None:
+    """Products of 4 MB one after another, which are handed over far sooner than they are computed."""
+    matrix = mx.random.normal((1000, 1000))
+    mx.eval(matrix)
+
+    def peak() -> int:
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        total = mx.zeros(())
+        for _ in range(30):
+            total = total + mx.sum(matrix @ (matrix + total))
+        mx.eval(total)
+        return mx.get_peak_memory() - before
+
+    limit = mx.get_memory_limit()
+    unheld = peak()
+    with holding_back(mx.get_active_memory() + 16_000_000):
+        held = peak()
+    assert mx.get_memory_limit() == limit
+    assert held < 17_000_000 < 30_000_000 < unheld

@@ -1,7 +1,10 @@
-"""A run that takes more memory than it was allowed is stopped after the updates under way, and saved."""
+"""A run is held to the memory that it is allowed: MLX runs ahead no farther, and what takes more all the
+same is stopped after the updates under way, and saved."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -14,6 +17,20 @@ MARGIN = 0.1
 
 class OverBudget(StepError):  # noqa: N818  (what the run is)
     """A run took more memory than it may."""
+
+
+@contextmanager
+def holding_back(budget_bytes: int) -> Iterator[None]:
+    """Within the block MLX waits for the machine before it hands over work beyond so much memory.
+
+    It hands over up to ten tasks ahead otherwise, whose arrays all take memory at once. What is computed is
+    the same, and a run whose least need is under the budget stays there.
+    """
+    before = mx.set_memory_limit(budget_bytes)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
 
 
 @dataclass(frozen=True)

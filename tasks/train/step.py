@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,7 @@ def fit_adapter(
     from tasks.train.frozen_prefix import base_identity, without_frozen_layers
     from tasks.train.loop import fit
     from tasks.train.memory.calibration import learn
-    from tasks.train.memory_guard import MemoryGuard
+    from tasks.train.memory_guard import MemoryGuard, holding_back
     from tasks.train.starting_point import take_weights
     from tasks.train.targets import target_keys
 
@@ -168,15 +169,16 @@ def fit_adapter(
         take_weights(network, start)
     trainable = count_parameters(adapter_weights(network))
     mx.reset_peak_memory()
-    fitted = without_frozen_layers(
-        network, {name: splits[name] for name in ("train", "valid")}, settings, base_identity(model)
-    )
-    preparing_bytes = mx.get_peak_memory()
-    report(0, {"peak_memory_before_training": preparing_bytes / 1e9})
     guard = MemoryGuard(allowed.budget_bytes) if allowed else None
-    training = fit(
-        network, fitted["train"], fitted["valid"], settings, report, checkpoints, until_step, guard
-    )
+    with holding_back(allowed.budget_bytes) if allowed else nullcontext():
+        fitted = without_frozen_layers(
+            network, {name: splits[name] for name in ("train", "valid")}, settings, base_identity(model)
+        )
+        preparing_bytes = mx.get_peak_memory()
+        report(0, {"peak_memory_before_training": preparing_bytes / 1e9})
+        training = fit(
+            network, fitted["train"], fitted["valid"], settings, report, checkpoints, until_step, guard
+        )
     if allowed and allowed.estimate:
         report(0, {"predicted_peak_memory": allowed.estimate.peak_bytes / 1e9})
         learn(allowed.estimate, max(preparing_bytes, round(training.peak_memory * 1e9)))
