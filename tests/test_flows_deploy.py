@@ -19,9 +19,10 @@ import psutil
 import pytest
 
 from flows import deploy as module
+from flows import work_pool
 from flows.deploy import local_timezone, next_fire_times, schedule
 from flows.server import ServerState, down, free_port, up
-from tasks.config import Settings, TrackingSettings
+from tasks.config import Settings, TrackingSettings, load_settings
 from tasks.errors import InputError
 from tasks.home import CHECKOUT
 from tasks.models.folder import ModelFolder
@@ -77,7 +78,7 @@ def test_nothing_starts_on_wrong_input(
 SMALL_FLOW = """
 import logging, pathlib, sys, time
 from prefect import flow
-from tasks.config import Settings, TrackingSettings
+from tasks.config import Settings, TrackingSettings, load_settings
 
 @flow(name="small")
 def small(settings: Settings) -> int:
@@ -235,6 +236,30 @@ def test_sigterm_ends_the_schedule_with_143_and_leaves_no_run_behind(
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
     assert not flow_runs(prefect, "RUNNING")
+
+
+@pytest.mark.slow
+def test_a_worker_carries_a_deployment_out(
+    prefect: ServerState, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work_pool, "lasting_api", lambda: prefect.api_url)
+    deployed = work_pool.deploy(load_settings(None, small), "by-hand", "hands")
+    environment = {**os.environ, "PREFECT_API_URL": prefect.api_url}
+    command = [sys.executable, "-m", "prefect", "deployment", "run", deployed.name]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True)
+    worker = subprocess.run(
+        [sys.executable, "-m", "prefect", "worker", "start", "--pool", "hands", "--run-once"],
+        env=environment,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=240,
+    )
+    told = worker.stdout + worker.stderr
+    assert worker.returncode == 0, told
+    [run] = [run for run in flow_runs(prefect, "COMPLETED") if run["work_pool_name"] == "hands"]
+    assert "version 1 is @challenger" in run["state"]["message"], told
+    assert "retrain: the rows are new" in " ".join(logs(prefect, run["id"]))
 
 
 def wait_for(what: Callable[[], Any], limit_s: float, server: subprocess.Popen[str]) -> Any:

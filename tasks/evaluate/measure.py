@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,6 @@ from tasks.prepare.splits import TokenRows, load_splits
 from tasks.publish import WHOLE, StepOutput, code_version, fingerprint, run_step, write_json
 
 if TYPE_CHECKING:
-    import mlx.nn as nn
-
     from tasks.models.load import LoadedModel
 
 EVALUATION_FILE = "evaluation.json"
@@ -36,11 +34,6 @@ WRITING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", 
 """Settings that play a part in writing answers; the others judge them."""
 
 TEST = ("test",)
-
-Load = Callable[[], "LoadedModel"]
-
-Frozen = Callable[[TokenRows], AbstractContextManager[TokenRows]]
-"""Rows to the same rows with what the layers that two models share give for them."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +77,10 @@ def measure(
     """
     from tasks.evaluate.custom_metrics import files_of
 
-    subject = _subject(model, adapter.path if adapter else None, data, splits)
+    subject = _Subject(model, adapter.path if adapter else None, data, tuple(splits), pair)
     inputs = {
         "part": WHOLE,
-        **subject,
+        **subject.inputs,
         "settings": settings.model_dump(mode="json", exclude={"metrics", "judge"}),
         "metrics": [
             (file_digest(file), one.rpartition(":")[2])
@@ -95,19 +88,7 @@ def measure(
         ],
     }
 
-    @cache
-    def load() -> LoadedModel:
-        return _load(model.path, adapter.path if adapter else None, load_template(data.path))
-
-    def frozen(rows: TokenRows) -> AbstractContextManager[TokenRows]:
-        return _frozen_part(load().model, rows, model, pair)
-
-    who = "tuned" if adapter else "base"
-    return run_step(
-        "evaluate",
-        inputs,
-        lambda draft: _measure(draft, settings, subject, load, frozen, data.path, splits, who),
-    )
+    return run_step("evaluate", inputs, lambda draft: _measure(draft, settings, subject))
 
 
 def answer_scores(
@@ -118,26 +99,60 @@ def answer_scores(
     Raises:
         InputError: no row of the split is a question that is answered in words.
     """
-    chats = _chats(data.path, (split,), settings.samples)
+    subject = _Subject(model, adapter, data, (split,))
+    chats = _chats(data.path, subject.splits, settings.samples)
     if not chats:
         raise InputError(f"no row of {split} asks and is answered in words: there is nothing to score")
-    subject = _subject(model, adapter, data, (split,))
-    load = cache(lambda: _load(model.path, adapter, load_template(data.path)))
-    written = _answers(settings, subject, load, data.path, chats, "tuned")
-    figures = _scored(chats, written, settings, {})
+    figures = _scored(chats, _answers(settings, subject, chats), settings, {})
     return {name: float(value) for name, value in figures.items() if name != "answers"}
 
 
-def _subject(
-    model: ModelFolder, adapter: Path | None, data: StepOutput, splits: Sequence[str]
-) -> dict[str, Any]:
-    return {
-        "model": model.fingerprint,
-        "adapter": adapter_digest(adapter) if adapter else None,
-        "data": data.fingerprint,
-        "splits": list(splits),
-        "code": {step: code_version(step) for step in ("train", "models")},
-    }
+@dataclass(frozen=True)
+class _Subject:
+    """A model and the rows it is measured on."""
+
+    model: ModelFolder
+    adapter: Path | None
+    prepared: StepOutput
+    splits: tuple[str, ...]
+    pair: Pair | None = None
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """What every part depends on."""
+        return {
+            "model": self.model.fingerprint,
+            "adapter": adapter_digest(self.adapter) if self.adapter else None,
+            "data": self.prepared.fingerprint,
+            "splits": list(self.splits),
+            "code": {step: code_version(step) for step in ("train", "models")},
+        }
+
+    @property
+    def data(self) -> Path:
+        """The folder of the prepared rows."""
+        return self.prepared.path
+
+    @property
+    def name(self) -> str:
+        """In a progress bar."""
+        return "tuned" if self.adapter else "base"
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model, loaded when it is first asked for: often all parts are there."""
+        return _load(self.model.path, self.adapter, load_template(self.data))
+
+    def frozen(self, rows: TokenRows) -> AbstractContextManager[TokenRows]:
+        """The same rows with what the layers that two models share give for them."""
+        from tasks.train.adapters import read_adapter_config
+        from tasks.train.frozen_prefix import base_identity, for_measuring, untouched_layers
+
+        if self.pair is None:
+            return nullcontext(rows)
+        network = self.loaded.model
+        depth = untouched_layers(read_adapter_config(self.pair.adapter), len(network.layers))
+        return for_measuring(network, rows, depth, self.pair.train, base_identity(self.model))
 
 
 def adapter_digest(folder: Path) -> str:
@@ -146,99 +161,64 @@ def adapter_digest(folder: Path) -> str:
     return fingerprint({name: file_digest(folder / name) for name in names})
 
 
-def _measure(
-    draft: Path,
-    settings: EvaluateSettings,
-    subject: Mapping[str, Any],
-    load: Load,
-    frozen: Frozen,
-    data: Path,
-    splits: Sequence[str],
-    who: str,
-) -> None:
+def _measure(draft: Path, settings: EvaluateSettings, subject: _Subject) -> None:
     from tasks.evaluate.custom_metrics import load_metrics
 
     metrics = load_metrics(settings.metrics)  # before the work: a person's file may have a fault
-    losses = _losses(settings, subject, load, frozen, data, splits, who)
+    losses = _losses(settings, subject)
     figures = {"test_loss": losses.pop("loss"), **losses}
-    if settings.general_rows and (general := _general(settings, subject, load, data, who)):
+    if settings.general_rows and (general := _general(settings, subject)):
         figures |= {"general_loss": general.pop("loss"), "general": general}
-    if chats := _chats(data, splits, settings.samples):
-        figures |= _scored(chats, _answers(settings, subject, load, data, chats, who), settings, metrics)
+    if chats := _chats(subject.data, subject.splits, settings.samples):
+        figures |= _scored(chats, _answers(settings, subject, chats), settings, metrics)
     write_json(draft / EVALUATION_FILE, figures)
 
 
-def _frozen_part(
-    network: nn.Module, rows: TokenRows, base: ModelFolder, pair: Pair | None
-) -> AbstractContextManager[TokenRows]:
-    from tasks.train.adapters import read_adapter_config
-    from tasks.train.frozen_prefix import base_identity, for_measuring, untouched_layers
-
-    if pair is None:
-        return nullcontext(rows)
-    depth = untouched_layers(read_adapter_config(pair.adapter), len(network.layers))
-    return for_measuring(network, rows, depth, pair.train, base_identity(base))
-
-
-def _losses(
-    settings: EvaluateSettings,
-    subject: Mapping[str, Any],
-    load: Load,
-    frozen: Frozen,
-    data: Path,
-    splits: Sequence[str],
-    who: str,
-) -> dict[str, Any]:
+def _losses(settings: EvaluateSettings, subject: _Subject) -> dict[str, Any]:
     from tasks.evaluate.losses import measure_losses
 
     def make() -> dict[str, Any]:
-        prepared = load_splits(data)
-        with frozen(_together([prepared[split] for split in splits])) as rows:
-            return measure_losses(load().model, rows, settings.batch_size, f"test loss, {who}")
+        prepared = load_splits(subject.data)
+        with subject.frozen(_together([prepared[split] for split in subject.splits])) as rows:
+            title = f"test loss, {subject.name}"
+            return measure_losses(subject.loaded.model, rows, settings.batch_size, title)
 
-    return _part({"part": "losses", **subject, "batch_size": settings.batch_size}, make)
+    return _part({"part": "losses", **subject.inputs, "batch_size": settings.batch_size}, make)
 
 
-def _general(
-    settings: EvaluateSettings, subject: Mapping[str, Any], load: Load, data: Path, who: str
-) -> dict[str, Any]:
+def _general(settings: EvaluateSettings, subject: _Subject) -> dict[str, Any]:
     """The loss on general texts; empty where there are none. The same texts are the same part of any data."""
     from tasks.evaluate.general import general_rows, general_texts
     from tasks.evaluate.losses import measure_losses
 
-    texts = general_texts(settings.general_rows, data)
+    texts = general_texts(settings.general_rows, subject.data)
     if not texts:
         return {}
 
     def make() -> dict[str, Any]:
-        loaded = load()
+        loaded = subject.loaded
         rows = general_rows(texts, loaded.tokenizer)
-        return measure_losses(loaded.model, rows, settings.batch_size, f"general loss, {who}")
+        return measure_losses(loaded.model, rows, settings.batch_size, f"general loss, {subject.name}")
 
-    inputs = {key: subject[key] for key in ("model", "adapter", "code")}
+    inputs = {key: subject.inputs[key] for key in ("model", "adapter", "code")}
     inputs |= {"part": "general", "texts": fingerprint(texts), "batch_size": settings.batch_size}
     measured = _part(inputs, make)
     return {"loss": measured["loss"], "texts": inputs["texts"], "rows": measured["rows"]}
 
 
 def _answers(
-    settings: EvaluateSettings,
-    subject: Mapping[str, Any],
-    load: Load,
-    data: Path,
-    chats: Sequence[dict[str, Any]],
-    who: str,
+    settings: EvaluateSettings, subject: _Subject, chats: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """The answers to the last questions of some chats, not scored yet."""
     from tasks.evaluate.generation import answer_prompts
     from tasks.prepare.tokenise import encode_prompt
 
     def make() -> dict[str, Any]:
-        loaded, template = load(), load_template(data)
+        loaded, template = subject.loaded, load_template(subject.data)
         prompts = [
             encode_prompt(loaded.tokenizer, chat["messages"], chat.get("tools"), template) for chat in chats
         ]
-        written = answer_prompts(loaded, prompts, settings, f"answers, {who}")
+        written = answer_prompts(loaded, prompts, settings, f"answers, {subject.name}")
         return {
             "tokens_per_second": written.tokens_per_second,
             "answers": [
@@ -255,7 +235,7 @@ def _answers(
     how = settings.model_dump(mode="json", include=set(WRITING))
     if settings.temperature == 0:
         how.pop("seed")  # nothing is drawn
-    return _part({"part": "answers", **subject, "samples": len(chats), "settings": how}, make)
+    return _part({"part": "answers", **subject.inputs, "samples": len(chats), "settings": how}, make)
 
 
 def _scored(
