@@ -21,13 +21,12 @@ RESULT = "best_val_loss"
 
 def view() -> str:
     """The tag's value: runs by their best validation loss, those of a search not under their parent."""
-    sections = {"loss": "Loss", "settings": "Settings and what came of them"}
     charts = [_chart("LINE", "loss", name, metricKey=name, selectedMetricKeys=[name]) for name in CURVES]
     charts.append(
         _chart(
             "PARALLEL",
             "settings",
-            "learning rate, rank and layers to the best validation loss",
+            "settings",
             selectedParams=list(SETTINGS),
             selectedMetrics=[RESULT],
             showAllRuns=True,
@@ -39,7 +38,7 @@ def view() -> str:
         "runsHiddenMode": "FIRST_20_RUNS",
         "hideEmptyCharts": True,
         "isAccordionReordered": True,
-        "compareRunSections": [_section(key, name) for key, name in sections.items()],
+        "compareRunSections": [_section("loss", "Loss", 2), _section("settings", "Settings", 1)],
         "compareRunCharts": charts,
     }
     return json.dumps(state)
@@ -51,9 +50,9 @@ def address_of_view(server: str, experiment_id: str) -> str:
     return f"{page}?compareRunsMode=CHART&viewStateShareKey={VIEW}"
 
 
-def _section(key: str, name: str) -> dict[str, Any]:
+def _section(key: str, name: str, columns: int) -> dict[str, Any]:
     plain = {"display": True, "isReordered": True, "deleted": False, "isGenerated": False}
-    return {"uuid": f"{VIEW}-{key}", "name": name, "columns": 2, "cardHeight": 360, **plain}
+    return {"uuid": f"{VIEW}-{key}", "name": name, "columns": columns, "cardHeight": 360, **plain}
 
 
 def _chart(kind: str, section: str, title: str, **more: Any) -> dict[str, Any]:
