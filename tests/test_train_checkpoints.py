@@ -108,7 +108,14 @@ def assert_equal_runs(
         {"grad_checkpoint": True, "dropout": 0.2},
         {"optimizer": "muon", "lora_plus_ratio": 16.0, "learning_rate": 1e-3},
         {"optimizer": "adafactor", "weight_decay": 0.1},
-        *({"method": method, "optimizer": optimizer} for method in METHODS for optimizer in OPTIMIZERS),
+        *(
+            pytest.param(
+                {"method": method, "optimizer": optimizer},
+                marks=() if method == "lora" or optimizer == "adamw" else pytest.mark.slow,
+            )
+            for method in METHODS
+            for optimizer in OPTIMIZERS
+        ),
     ],
     ids=lambda changes: ",".join(map(str, changes.items())) or "plain",
 )
