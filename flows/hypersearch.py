@@ -152,7 +152,7 @@ def _priced(model: ModelFolder, data: StepOutput) -> Callable[[TrainSettings], i
     def price(proposal: TrainSettings) -> int:
         key = proposal.model_dump_json(exclude={"learning_rate"})
         if key not in known:
-            known[key] = estimate_memory(proposal, model, data).peak_bytes
+            known[key] = estimate_memory(proposal, model, data, base_stays=True).peak_bytes
         return known[key]
 
     return price

@@ -29,7 +29,7 @@ def test_no_trial_is_measured_over_a_budget_that_half_of_the_space_exceeds(store
     data = prepare_data(settings.data, model)
 
     def price(proposal: TrainSettings) -> int:
-        return estimate_memory(proposal, model, data).peak_bytes
+        return estimate_memory(proposal, model, data, base_stays=True).peak_bytes
 
     prices = [price(proposed(settings, {"num_layers": count, "learning_rate": 1e-4}, 30)) for count in layers]
     assert prices == sorted(prices)
@@ -42,7 +42,10 @@ def test_no_trial_is_measured_over_a_budget_that_half_of_the_space_exceeds(store
     assert over
     assert len(trained) == 6
     assert {trial.params["num_layers"] for trial in trained} <= {1, 2}
-    assert all(0 < trial.standing.measured_bytes <= budget_bytes for trial in trained)
+    told = [
+        (trial.params, trial.standing.predicted_bytes, trial.standing.measured_bytes) for trial in trained
+    ]
+    assert all(0 < trial.standing.measured_bytes <= budget_bytes for trial in trained), (budget_bytes, told)
     assert not any(trial.run_id or trial.standing.measured_bytes for trial in over), "never started"
     for trial in over:
         assert study.stored.get_trials()[trial.number].constraints["memory"] > 0

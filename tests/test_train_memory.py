@@ -23,13 +23,20 @@ from tasks.train.memory import estimate as estimating
 from tasks.train.memory.backends import CPU
 from tasks.train.memory.budget import in_words, within_budget
 from tasks.train.memory.calibration import CHANGING, Calibration, calibration, learn
-from tasks.train.memory.estimate import Breakdown, MemoryEstimate, estimate_from_config, estimate_memory
+from tasks.train.memory.estimate import (
+    Breakdown,
+    MemoryEstimate,
+    Prefixed,
+    estimate_from_config,
+    estimate_memory,
+)
 from tasks.train.memory.fitting import Plan, nearest_that_fits, what_fits
 from tasks.train.memory.fusion import fused
 from tasks.train.memory.graph import graph_of, instead_of
 from tasks.train.memory.replay import highest
 from tasks.train.memory.row_sizes import RowSizes
 from tasks.train.memory.skeleton import leave_out, skeleton
+from tasks.train.memory.traced_step import flat
 from tasks.train.outline import outline
 
 ROWS = RowSizes.alike(length=65, supervised=32)
@@ -246,3 +253,13 @@ def test_layers_that_differ_are_all_traced() -> None:
     assert leave_out(network, 12, kept=4) == []
     alike = skeleton({**TINY, "num_hidden_layers": 12})
     assert len(leave_out(alike, 12, kept=4)) == 8
+
+
+def test_a_base_that_stays_in_memory_costs_its_frozen_layers() -> None:
+    freed = plan(frozen_prefix="always", num_layers=1)
+    stays = replace(freed, prefixed=Prefixed(train=True, valid=True, base_stays=True))
+    before, after = freed.estimate().phases["training"], stays.estimate().phases["training"]
+    network = skeleton(TINY)
+    layers = [sum(array.nbytes for _, array in flat(layer.parameters())) for layer in network.layers]
+    assert after.weights - before.weights == sum(layers[:-1])
+    assert after.bytes - before.bytes == sum(layers[:-1])

@@ -69,13 +69,13 @@ def within_budget(
     return adapted.settings, Allowed(budget_bytes, adapted.estimate())
 
 
-def plan_of(settings: TrainSettings, model: ModelFolder, data: StepOutput) -> Plan:
+def plan_of(settings: TrainSettings, model: ModelFolder, data: StepOutput, base_stays: bool = False) -> Plan:
     """What decides the memory of training on prepared data."""
     splits = load_splits(data.path)
     valid = splits["valid"].first(settings.valid_rows) if settings.valid_rows else splits["valid"]
     layers = int(model.language_config()["num_hidden_layers"])
     kept = worth_keeping(splits, settings) if frozen_depth(settings, layers) else set()
-    prefixed = Prefixed("train" in kept, "valid" in kept)
+    prefixed = Prefixed("train" in kept, "valid" in kept, base_stays)
     return Plan(settings, model.config(), RowSizes.of(splits["train"]), RowSizes.of(valid), prefixed)
 
 

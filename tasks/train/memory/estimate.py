@@ -122,21 +122,31 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Prefixed:
-    """Which splits' frozen layers are computed once."""
+    """Which splits' frozen layers are computed once.
+
+    Attributes:
+        base_stays: frozen layers are in memory all the same, as a search keeps its base for the next trial.
+    """
 
     train: bool
     valid: bool
+    base_stays: bool = False
 
 
-def estimate_memory(settings: TrainSettings, model: ModelFolder, data: StepOutput) -> MemoryEstimate:
+def estimate_memory(
+    settings: TrainSettings, model: ModelFolder, data: StepOutput, base_stays: bool = False
+) -> MemoryEstimate:
     """Predict the peak of training `settings` on prepared data: its largest batch decides.
+
+    Args:
+        base_stays: see `Prefixed`.
 
     Raises:
         InputError: the model does not allow the settings.
     """
     from tasks.train.memory.budget import plan_of
 
-    return plan_of(settings, model, data).estimate()
+    return plan_of(settings, model, data, base_stays).estimate()
 
 
 def estimate_from_config(
@@ -313,7 +323,7 @@ class _Run:
 
     def _frees(self) -> bool:
         """Whether the frozen layers are gone when training begins."""
-        return self.prefixed.train and self.prefixed.valid
+        return self.prefixed.train and self.prefixed.valid and not self.prefixed.base_stays
 
     def _with_batches(self, standing: Breakdown) -> Breakdown:
         """The group's other batches, and those of the next one, which are made while it is computed."""
