@@ -224,6 +224,7 @@ def test_a_run_killed_under_a_schedule_is_marked_in_prefect_and_mlflow(
 def test_sigterm_ends_the_schedule_with_143_and_leaves_no_run_behind(
     prefect: ServerState, serve: Serve, tmp_path: Path
 ) -> None:
+    before = {run["id"] for run in flow_runs(prefect, "RUNNING")}  # the test above kills a run with its flow
     sign = tmp_path / "running"
     server = serve("small_flow", "small", f"name={sign}")
     wait_for(sign.exists, 120, server)
@@ -235,7 +236,7 @@ def test_sigterm_ends_the_schedule_with_143_and_leaves_no_run_behind(
     assert "Traceback" not in output, output
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
-    assert not flow_runs(prefect, "RUNNING")
+    assert {run["id"] for run in flow_runs(prefect, "RUNNING")} <= before
 
 
 @pytest.mark.slow
