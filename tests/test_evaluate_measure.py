@@ -13,7 +13,7 @@ from sacrebleu import corpus_bleu
 from tasks.config import DataSettings, EvaluateSettings, TrainSettings
 from tasks.errors import InputError
 from tasks.evaluate import generation, losses, measure
-from tasks.evaluate.measure import EVALUATION_FILE, adapter_digest, last_exchange
+from tasks.evaluate.measure import EVALUATION_FILE, adapter_digest, answer_scores, last_exchange
 from tasks.evaluate.measure import measure as measured
 from tasks.models.folder import ModelFolder
 from tasks.models.load import load_model
@@ -203,6 +203,9 @@ def test_rows_without_a_question_or_an_answer_in_words_are_not_asked(
     figures = measured(settings(), tiny_model, None, texts).read_json(EVALUATION_FILE)
     assert "answers" not in figures
     assert figures["test_loss"] > 0
+    tuned = adapter(tiny_model, tmp_path / "adapter", 1).path
+    with pytest.raises(InputError, match="no row of valid asks and is answered in words"):
+        answer_scores(settings(), tiny_model, tuned, texts, "valid")
     chat = {"messages": [{"role": role, "content": text} for role, text in zip(ROLES, "abcd", strict=True)]}
     assert last_exchange(chat) == ("c", "d")
 

@@ -97,6 +97,11 @@ def test_wrong_spaces_are_refused_by_name_and_value(given: str, message: str) ->
     assert message in str(refused.value)
 
 
+def test_a_score_of_answers_needs_answers() -> None:
+    with pytest.raises(InputError, match=r"chrf is a score of answers, and evaluate\.samples is 0"):
+        settings("search.objectives=[loss, chrf]", "search.rungs=none", "evaluate.samples=0")
+
+
 def test_alpha_and_scale_together_are_refused() -> None:
     with pytest.raises(InputError, match="scale is used in place of alpha"):
         settings("search.alpha=[8, 16]", "search.scale=[1, 2]")

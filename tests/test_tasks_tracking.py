@@ -669,3 +669,10 @@ def test_the_experiment_has_a_view_of_charts_and_one_from_before_gets_it() -> No
     shown = json.loads(charts.view())
     sections = {section["uuid"] for section in shown["compareRunSections"]}
     assert {chart["metricSectionId"] for chart in shown["compareRunCharts"]} == sections
+
+
+def test_the_runs_of_a_store_are_read_though_the_experiment_was_deleted() -> None:
+    client, _, experiment_id = connect(TrackingSettings())
+    client.set_experiment_tag(experiment_id, charts.VIEW_TAG, "of an earlier version")
+    client.delete_experiment(experiment_id)
+    assert stored_runs(TrackingSettings()) == []

@@ -164,9 +164,13 @@ def ui(
         start Prefect's server too, where it is not up
     """
     from flows.ui import open_ui
-    from tasks.tracking import connect
+    from tasks.tracking import connect, send_leftovers, tracking_uri
 
     tracking = load(config, []).tracking
+    uri, experiment_id = tracking_uri(tracking), None
     with advised_screen():
-        _, uri, experiment_id = connect(tracking)
+        if uri.startswith(("http://", "https://")):  # it has its own pages, and need not be up to be named
+            send_leftovers(uri)
+        else:
+            _, uri, experiment_id = connect(tracking)
         open_ui(port, uri, prefect=prefect, experiment_id=experiment_id)

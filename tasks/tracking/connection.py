@@ -85,7 +85,7 @@ def _connected(settings: TrackingSettings) -> tuple[MlflowClient, str, str]:
                 experiment = client.get_experiment_by_name(settings.experiment)
                 if experiment is None:
                     raise
-        if experiment.tags.get(VIEW_TAG) != view():
+        if experiment.lifecycle_stage == "active" and experiment.tags.get(VIEW_TAG) != view():
             client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, view())
     return client, uri, experiment.experiment_id
 
