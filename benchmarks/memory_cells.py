@@ -22,9 +22,8 @@ from step_rows import made_rows
 from step_trainers import cache_of_its_own
 
 from tasks.config import TrainSettings
-from tasks.models.cpu_functions import use_fast_functions
 from tasks.models.device import on_gpu
-from tasks.process import keep_freed_memory
+from tasks.models.load import use_fast_code
 from tasks.train import supervised
 from tasks.train.adapters import adapter_config, add_adapter
 from tasks.train.frozen_prefix import without_frozen_layers
@@ -108,9 +107,7 @@ def measure(cell: Cell) -> dict[str, int]:
     mx.clear_cache()
     mx.reset_peak_memory()
     with cache_of_its_own():
-        if not on_gpu():
-            keep_freed_memory()
-            use_fast_functions(network)
+        use_fast_code(network)
         keys = target_keys(network, settings.targets, settings.num_layers)
         add_adapter(network, adapter_config(settings, len(network.layers), keys), settings.seed)
         splits = without_frozen_layers(network, {"train": rows, "valid": rows}, settings, {"rows": cell.key})

@@ -122,11 +122,18 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
 @cross_entropy.vjp
 def _(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
     logits, targets = primals
+    return cross_entropy_gradient(logits, targets, output, cotangent), mx.zeros_like(targets)
+
+
+def cross_entropy_gradient(
+    logits: mx.array, targets: mx.array, losses: mx.array, cotangent: mx.array
+) -> mx.array:
+    """Of logits (count, vocabulary), in their shape, from the losses that they gave, (count,)."""
     weights = cotangent[:, None]
     # The logarithm of the sum of powers is the loss and the target's logit together.
-    gradient = scaled_powers(logits, output[:, None] + _picked(logits, targets)) * weights
+    gradient = scaled_powers(logits, losses[:, None] + _picked(logits, targets)) * weights
     of_targets = _picked(gradient, targets) - weights
-    return mx.put_along_axis(gradient, targets[:, None], of_targets, axis=-1), mx.zeros_like(targets)
+    return mx.put_along_axis(gradient, targets[:, None], of_targets, axis=-1)
 
 
 def attention(

@@ -70,13 +70,15 @@ def dequantised_product(layer: nn.Module, x: mx.array) -> mx.array:
             kept[id(layer)] = dequantised(layer, layer["weight"])
         return x @ kept[id(layer)].T
 
+    # Weights that depend on what they are multiplied with are not taken for those of another pass (the
+    # gradient's, a recomputation's), which would then stay in memory from the one to the other.
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
-        return x @ dequantised(layer, layer["weight"]).T
+        [weight] = mx.depends([layer["weight"]], [x])
+        return x @ dequantised(layer, weight).T
 
     @product.vjp
     def gradient(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-        # What depends on the cotangent is not taken for what the forward pass computed, and kept since.
         [weight] = mx.depends([layer["weight"]], [cotangent])
         return cotangent @ dequantised(layer, weight)
 

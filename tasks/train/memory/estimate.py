@@ -257,11 +257,12 @@ class _Run:
         )
 
     def _first_look(self) -> Phase:
+        rows = min(LOOKED_AT, len(self.valid.lengths))
         if self.prefixed.train or self.prefixed.valid:
             longest = int(max(rows.lengths[:LOOKED_AT].max() for rows in (self.train, self.valid)))
         else:
-            longest = int(self.valid.lengths.max())  # validation begins with the longest rows
-        rows = min(LOOKED_AT, len(self.valid.lengths))
+            longest = int(self.valid.lengths.max())  # the first batch of validation
+            rows = min(rows, self.settings.batch_size)
         length = RowSizes.alike(longest, 1).largest_batch(1)[1]
         network = self._network(freed=False)
         graph = first_look_graph(network, rows, length)

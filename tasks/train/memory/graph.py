@@ -109,20 +109,25 @@ def graph_of(function: Callable[..., Sequence[mx.array]], arrays: Mapping[str, m
     return _needed(dict(zip(names, inputs, strict=True)), constants, operations, outputs)
 
 
-def instead_of(value: mx.array, followed: mx.array) -> mx.array:
+def instead_of(value: mx.array, followed: mx.array, given: Sequence[mx.array] = ()) -> mx.array:
     """For traces only: `value`, with the gradient of `followed`, which has its shape.
 
     What MLX knows as a custom function cannot be exported; this says the same in operations that can.
     Forward only the operations of `value` stay in the graph, backward only those of `followed`.
+
+    Args:
+        given: the arguments of the custom function, which MLX holds until its value is there.
     """
     never = mx.array(0.0) > mx.array(MARK)
+    if given:
+        [value] = mx.depends([value], list(given))
     return mx.where(never, followed, mx.stop_gradient(value))
 
 
 def recomputed(function: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
     """For traces only: what `mx.checkpoint(function)(*arrays)` does, as its source has it (0.32.4)."""
     value = mx.stop_gradient(function(*arrays))
-    return instead_of(value, function(*mx.depends(list(arrays), [value])))
+    return instead_of(value, function(*mx.depends(list(arrays), [value])), arrays)
 
 
 def _needed(
@@ -145,6 +150,8 @@ def _needed(
         marked = [_is_mark(value, maker, constants) for value in each.inputs]
         if each.name == "Select" and marked[0]:
             stands_for[each.outputs[0]] = each.inputs[2]
+        elif each.name == "StopGradient":  # nearly all are those of `instead_of`
+            stands_for[each.outputs[0]] = each.inputs[0]
         elif each.name == "Multiply" and any(marked):  # of `followed`: (never as a number) x its gradient
             stands_for[each.outputs[0]] = each.inputs[marked.index(False)]
     ends = [resolved(value) for value in outputs]

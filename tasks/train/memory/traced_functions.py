@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from tasks.models.cpu_functions import attention, exp, scaled_powers, with_names
 from tasks.models.quantised_products import LEAST_ROWS, dequantised, dequantised_product, shares_weights
-from tasks.train.memory.graph import instead_of, recomputed
+from tasks.train.memory.graph import instead_of
 
 
 def cpu_stand_ins() -> dict[str, Callable[..., Any]]:
@@ -33,7 +33,8 @@ def softmax(scores: mx.array, mask: mx.array | None = None) -> mx.array:
     masked = scores if mask is None else mx.where(mask, scores, -mx.inf)
     powers = scaled_powers(masked, mx.max(masked, axis=-1, keepdims=True))
     output = mx.stop_gradient(powers * (1.0 / mx.sum(powers, axis=-1, keepdims=True)))
-    return instead_of(output, output * (scores - mx.sum(output * scores, axis=-1, keepdims=True)))
+    followed = output * (scores - mx.sum(output * scores, axis=-1, keepdims=True))
+    return instead_of(output, followed, [scores])
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
@@ -41,7 +42,8 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     fixed_gate, fixed_x = mx.stop_gradient(gate), mx.stop_gradient(x)
     sigmoid = 1.0 / (1.0 + exp(-fixed_gate))
     of_gate = fixed_x * sigmoid * (1.0 + fixed_gate * (1.0 - sigmoid))
-    return instead_of(x * gate / (1.0 + exp(-gate)), gate * of_gate + x * (fixed_gate * sigmoid))
+    followed = gate * of_gate + x * (fixed_gate * sigmoid)
+    return instead_of(x * gate / (1.0 + exp(-gate)), followed, [gate, x])
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
@@ -52,7 +54,7 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     total = mx.sum(scaled_powers(fixed, highest), axis=-1, keepdims=True)
     losses = mx.log(total) + highest - picked
     gradient = mx.put_along_axis(scaled_powers(fixed, losses + picked), targets[:, None], picked, axis=-1)
-    return instead_of(losses.squeeze(-1), mx.sum(logits * gradient, axis=-1))
+    return instead_of(losses.squeeze(-1), mx.sum(logits * gradient, axis=-1), [logits, targets])
 
 
 def fused_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
@@ -62,6 +64,11 @@ def fused_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     total = mx.logsumexp(fixed, axis=-1, keepdims=True)
     losses = (total - mx.take_along_axis(fixed, targets[:, None], axis=-1)).squeeze(-1)
     return instead_of(losses, mx.sum(logits * mx.exp(fixed - total), axis=-1))
+
+
+def fused_gradient(logits: mx.array, targets: mx.array, losses: mx.array, cotangent: mx.array) -> mx.array:
+    """Its gradient, as `cpu_functions.cross_entropy_gradient`."""
+    return mx.exp(logits - losses[:, None]) * cotangent[:, None]
 
 
 def use_dequantised_stand_ins(model: nn.Module) -> None:
@@ -93,7 +100,10 @@ class _Embedding(nn.QuantizedEmbedding):
 def _dequantised(layer: nn.Module, x: mx.array) -> mx.array:
     if shares_weights():
         return dequantised_product(layer, x)
-    return recomputed(lambda x, packed: x @ dequantised(layer, packed).T, x, layer["weight"])
+    [packed] = mx.depends([layer["weight"]], [x])
+    [again] = mx.depends([layer["weight"]], [layer["scales"]])  # another than that of the forward pass
+    value = x @ dequantised(layer, packed).T
+    return instead_of(value, x @ dequantised(layer, again).T, [x])
 
 
 def use_expert_stand_ins(model: nn.Module) -> None:

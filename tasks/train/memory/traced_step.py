@@ -15,12 +15,13 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from tasks.config import TrainSettings
+from tasks.models.cpu_functions import cross_entropy_gradient
 from tasks.models.device import on_gpu
 from tasks.models.quantised_products import dequantised_once
 from tasks.train.adapters import adapter_weights
 from tasks.train.head_loss import chunks
 from tasks.train.memory.graph import Graph, graph_of, instead_of, recomputed
-from tasks.train.memory.traced_functions import cross_entropy, fused_cross_entropy
+from tasks.train.memory.traced_functions import cross_entropy, fused_cross_entropy, fused_gradient
 from tasks.train.optimizers import make_optimizer, optimizer_state
 from tasks.train.substitution import inject, listening
 from tasks.train.supervised import head_logits, log_probabilities, plain_logits, supervised_hidden
@@ -167,7 +168,14 @@ def _chunk_loss(network: nn.Module, hidden: mx.array, targets: mx.array, weights
         return plain(hidden)
     if _trained_outside_layers(network):
         return _recomputed_head(network, plain, hidden)
-    value, gradient = mx.value_and_grad(plain)(mx.stop_gradient(hidden))
+    fixed = mx.stop_gradient(hidden)
+    logits = head_logits(network, fixed)
+    losses = (fused_cross_entropy if on_gpu() else cross_entropy)(logits, targets)
+    _, [cotangent] = mx.vjp(lambda losses: mx.sum(losses * weights), [losses], [mx.array(1.0)])
+    of_logits = (fused_gradient if on_gpu() else cross_entropy_gradient)(logits, targets, losses, cotangent)
+    _, [gradient] = mx.vjp(lambda hidden: head_logits(network, hidden), [fixed], [of_logits])
+    value = mx.sum(losses * weights)
+    value, gradient = mx.depends([value, gradient], [hidden, targets, weights])  # one function's outputs
     return instead_of(value, mx.sum(hidden * mx.stop_gradient(gradient)))
 
 
