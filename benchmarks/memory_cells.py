@@ -12,6 +12,7 @@ import hashlib
 import json
 import sys
 import traceback
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,22 +23,22 @@ from step_rows import made_rows
 from step_trainers import cache_of_its_own
 
 from tasks.config import TrainSettings
-from tasks.models.device import on_gpu
 from tasks.models.load import use_fast_code
 from tasks.train import supervised
 from tasks.train.adapters import adapter_config, add_adapter
 from tasks.train.frozen_prefix import without_frozen_layers
 from tasks.train.loop import fit
 from tasks.train.memory.backends import pace
-from tasks.train.memory.estimate import MemoryEstimate, estimate_from_config, phases
+from tasks.train.memory.estimate import MemoryEstimate, estimate_from_config, limit_bytes, phases
 from tasks.train.memory.row_sizes import RowSizes
+from tasks.train.memory_guard import holding_back
 from tasks.train.targets import target_keys
 
 UPDATES = 2
 """The peak of later ones is that of the second."""
 
-PACES = (1, 2, 4, 6, 8, 10)
-"""Tasks under way that predictions are kept for on a GPU, so that the constant can be found afterwards."""
+CRESTS = (1, 2, 3, 5)
+"""Of `Pace`: predictions are kept for each on a GPU, so that the constant can be found afterwards."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,12 @@ class Cell:
         )
 
 
-def measure(cell: Cell) -> dict[str, int]:
-    """Bytes at the peak of making ready (the frozen prefix, the first look), and of the training after it."""
+def measure(cell: Cell, limit: int | None) -> dict[str, int]:
+    """Bytes at the peak of making ready (the frozen prefix, the first look), and of the training after it.
+
+    Args:
+        limit: what the run is held to, as the product does.
+    """
     supervised._verdicts.clear()  # what an earlier cell of this process has found out
     settings = cell.settings()
     rows = made_rows(cell.model, cell.batch_size * cell.accumulation, cell.length, cell.prompt_percent)
@@ -106,7 +111,7 @@ def measure(cell: Cell) -> dict[str, int]:
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
-    with cache_of_its_own():
+    with cache_of_its_own(), nullcontext() if limit is None else holding_back(limit):
         use_fast_code(network)
         keys = target_keys(network, settings.targets, settings.num_layers)
         add_adapter(network, adapter_config(settings, len(network.layers), keys), settings.seed)
@@ -116,13 +121,14 @@ def measure(cell: Cell) -> dict[str, int]:
     return {"ready": ready, "training": round(training.peak_memory * 1e9)}
 
 
-def predict(cell: Cell) -> dict[str, Any]:
-    """Phases and their parts, without calibration, by how many tasks MLX is ahead."""
-    ours = pace()
+def predict(cell: Cell) -> tuple[int | None, dict[str, Any]]:
+    """What the run is to be held to; and its phases and their parts, without calibration, by `Pace.crest`."""
     work = phases(cell.settings(), base_config(cell), _sizes(cell))
-    return {
-        str(tasks): {each.name: each.replayed(replace(ours, tasks=tasks)).parts() for each in work}
-        for tasks in (PACES if on_gpu() else [ours.tasks])
+    limit = limit_bytes(work)
+    ours = pace() if limit is None else replace(pace(), limit_bytes=limit)
+    return limit, {
+        str(crest): {each.name: each.replayed(replace(ours, crest=crest)).parts() for each in work}
+        for crest in ([ours.crest] if limit is None else CRESTS)
     }
 
 
@@ -154,14 +160,12 @@ def main() -> None:
     for text in sys.argv[1:]:
         cell = Cell(**json.loads(text))
         try:
-            done = {"key": cell.key, **asdict(cell), "measured": measure(cell)}
-        except RuntimeError:  # where a GPU's memory ends, MLX raises
+            limit, predicted = predict(cell)
+            done = {"key": cell.key, **asdict(cell), "limit": limit, "predicted": predicted}
+            done["measured"] = measure(cell, limit)
+        except (RuntimeError, ValueError):  # where a GPU's memory ends, MLX raises
             traceback.print_exc()
             continue
-        try:
-            done["predicted"] = predict(cell)
-        except ValueError:  # what was measured stays; `--predict` tries again
-            traceback.print_exc()
         gc.collect()
         mx.clear_cache()
         print(json.dumps(done), flush=True)

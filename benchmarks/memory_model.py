@@ -3,20 +3,19 @@
     python benchmarks/memory_model.py --quick              # six small runs of the bundled model: 2 minutes
     python benchmarks/memory_model.py                      # every cell for this machine
     python benchmarks/memory_model.py --predict            # the kept cells again, after a change of the model
-    python benchmarks/memory_model.py --fit                # constants from the cells kept, and their errors
+    python benchmarks/memory_model.py --fit                # the errors of the cells that are kept
     python benchmarks/memory_model.py --budget --runs 100  # settings accepted under a budget, and their peaks
 
-Each run is the product's own (`without_frozen_layers`, then `fit`), of two updates and two validations on
-made rows of one length, in a process of its own: where memory ends, a CPU build of MLX ends the process. The
-measured peak is `mx.get_peak_memory` from the loaded base on, in two phases: making ready (frozen prefix,
-first
-look) and training; the larger is the run's. Base models are the bundled one and random weights in the
-shapes of others
-(`step_models.py`): float32 on CPU, bfloat16 or 4 bits on a GPU.
+Each run is the product's own (`without_frozen_layers`, then `fit`, on a GPU held to what was predicted), of
+two updates and two validations on made rows of one length, in a process of its own: where memory ends, a CPU
+build of MLX ends the process. The measured peak is `mx.get_peak_memory` from the loaded base on, in two
+phases: making ready (frozen prefix, first look) and training; the larger is the run's. Base models are the
+bundled one and random weights in the shapes of others (`step_models.py`): float32 on CPU, bfloat16 or 4 bits
+on a GPU.
 
-A quarter of the cells, fixed by their names, is held out: constants are fitted to the others, errors are of
-the held-out ones (`median_error`, `max_error`, `worst_underprediction`), and of all (`…_of_all`). Cells are
-kept in a file as they are measured, and a run that was cut off goes on from there.
+A quarter of the cells, fixed by their names, is held out: the one constant (`Pace.crest`, on GPUs) is chosen
+by the others, errors are of the held-out ones (`median_error`, `max_error`, `worst_underprediction`), and of
+all (`…_of_all`). Cells are kept in a file as they are measured; a run that was cut off goes on from there.
 
 `--budget` draws settings at random until the model has accepted as many as wanted, each under a budget
 drawn with it, less a margin of 1 GB, runs them, and counts those that went over (`over_budget`).
@@ -43,10 +42,10 @@ from record import commit, kept_cells, machine_name, record
 from step_models import BUNDLED
 
 from tasks.models.device import on_gpu
+from tasks.train.memory.backends import pace
 
 CELLS_SEED, BUDGET_SEED = 6, 7
 MARGIN_BYTES = 1_000_000_000
-CHANGING = ("gradients", "activations", "logits")
 
 CPU_TOKENS = {BUNDLED: 2048, "smollm2-360m": 768}
 """Positions a batch at most, so that a run takes a minute at most."""
@@ -67,11 +66,11 @@ def main() -> None:
         _measure(wanted, file, chosen.minutes)
     if chosen.predict:
         _predict_again(file)
-    found = {key: cell for key, cell in kept_cells(file).items() if "predicted" in cell}
+    found = kept_cells(file)
     if chosen.budget:
         figures = _budget_figures([found[cell.key] for cell in wanted if cell.key in found])
     else:
-        figures = _fitted(list(found.values()))
+        figures = _judged(list(found.values()))
     record(kind, figures, chosen.quick, list(found.values()))
 
 
@@ -188,17 +187,13 @@ def _keep(file: Path, cell: dict[str, Any]) -> None:
 def _predict_again(file: Path) -> None:
     """The cells kept with what the model as it is now makes of them; on the kind of machine they are of."""
     for cell in kept_cells(file).values():
-        _keep(file, {**cell, "predicted": predict(_as_cell(cell))})
+        _, predicted = predict(_as_cell(cell))
+        _keep(file, {**cell, "predicted": predicted})
 
 
-def predicted_bytes(cell: Mapping[str, Any], tasks: int, ratio: float = 1.0) -> int:
-    """The peak that the model gives with these constants."""
-    return max(_phase_bytes(parts, ratio) for parts in cell["predicted"][str(tasks)].values())
-
-
-def _phase_bytes(parts: Mapping[str, int], ratio: float) -> int:
-    changing = sum(parts[name] for name in CHANGING)
-    return round(sum(parts.values()) + (ratio - 1) * changing)
+def predicted_bytes(cell: Mapping[str, Any], crest: int) -> int:
+    """The peak that the model gives with this constant."""
+    return max(sum(parts.values()) for parts in cell["predicted"][str(crest)].values())
 
 
 def measured_bytes(cell: Mapping[str, Any]) -> int:
@@ -206,43 +201,32 @@ def measured_bytes(cell: Mapping[str, Any]) -> int:
     return max(int(value) for value in cell["measured"].values())
 
 
-def errors(cells: Sequence[Mapping[str, Any]], tasks: int, ratio: float = 1.0) -> list[float]:
+def errors(cells: Sequence[Mapping[str, Any]], crest: int) -> list[float]:
     """Predicted over measured, less one."""
-    return [predicted_bytes(cell, tasks, ratio) / measured_bytes(cell) - 1 for cell in cells]
+    return [predicted_bytes(cell, crest) / measured_bytes(cell) - 1 for cell in cells]
 
 
-def _fitted(cells: list[dict[str, Any]]) -> dict[str, float]:
-    """Constants from the cells that are not held out, and the errors of those that are."""
+def _judged(cells: list[dict[str, Any]]) -> dict[str, float]:
+    """The errors of the product's constant, and what the cells that are not held out make of it."""
     held_out = [cell for cell in cells if _as_cell(cell).held_out]
-    fitted = [cell for cell in cells if not _as_cell(cell).held_out] or cells
-    tasks, ratio = fit_constants(fitted)
-    print(f"tasks ahead {tasks}, ratio {ratio:.3f}, from {len(fitted)} of {len(cells)} runs")
-    figures: dict[str, float] = {
-        "runs": len(cells),
-        "held_out": len(held_out),
-        "tasks": tasks,
-        "ratio": ratio,
-    }
+    others = [cell for cell in cells if not _as_cell(cell).held_out] or cells
+    crest = pace().crest
+    print(f"crest {crest}; best for {len(others)} of {len(cells)} runs: {best_crest(others)}")
+    figures: dict[str, float] = {"runs": len(cells), "held_out": len(held_out)}
     for name, some in (("", held_out or cells), ("_of_all", cells)):
-        found = errors(some, tasks, ratio)
+        found = errors(some, crest)
         figures[f"median_error{name}"] = statistics.median(map(abs, found))
         figures[f"max_error{name}"] = max(map(abs, found))
         figures[f"worst_underprediction{name}"] = max(0.0, -min(found))
-    for cell, error in sorted(zip(cells, errors(cells, tasks, ratio), strict=True), key=lambda each: each[1]):
+    for cell, error in sorted(zip(cells, errors(cells, crest), strict=True), key=lambda each: each[1]):
         if abs(error) > 0.03:
             print(f"{error:+.1%}  {cell['key']}")
     return {name: float(f"{value:.4g}") for name, value in figures.items()}
 
 
-def fit_constants(cells: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
-    """The tasks ahead, of those predicted for, and the ratio that together leave the least worst error."""
-    paces = [int(tasks) for tasks in cells[0]["predicted"]]
-    ratios = np.arange(0.8, 1.2001, 0.005)
-    found = [
-        (max(map(abs, errors(cells, tasks, ratio))), tasks, ratio) for tasks in paces for ratio in ratios
-    ]
-    _, tasks, ratio = min(found, key=lambda each: (each[0], abs(each[2] - 1)))
-    return tasks, float(ratio)
+def best_crest(cells: Sequence[Mapping[str, Any]]) -> int:
+    """Of those predicted for, the one with the least worst error."""
+    return min(map(int, cells[0]["predicted"]), key=lambda crest: max(map(abs, errors(cells, crest))))
 
 
 def _budget_cells(chosen: argparse.Namespace) -> list[Cell]:
@@ -276,10 +260,7 @@ def _as_cell(kept: Mapping[str, Any]) -> Cell:
 
 
 def _in_words(cell: Mapping[str, Any]) -> str:
-    if "predicted" not in cell:
-        return f"no prediction  {measured_bytes(cell) / 1e9:6.2f} GB  {cell['key']}"
-    tasks = max(int(each) for each in cell["predicted"])
-    predicted, measured = predicted_bytes(cell, tasks), measured_bytes(cell)
+    predicted, measured = predicted_bytes(cell, pace().crest), measured_bytes(cell)
     return f"{predicted / measured - 1:+7.2%}  {measured / 1e9:6.2f} GB  {cell['key']}"
 
 

@@ -20,13 +20,13 @@ class OverBudget(StepError):  # noqa: N818  (what the run is)
 
 
 @contextmanager
-def holding_back(budget_bytes: int) -> Iterator[None]:
+def holding_back(limit_bytes: int) -> Iterator[None]:
     """Within the block MLX waits for the machine before it hands over work beyond so much memory.
 
     It hands over up to ten tasks ahead otherwise, whose arrays all take memory at once. What is computed is
-    the same, and a run whose least need is under the budget stays there.
+    the same, and a run whose least need is under the limit stays there, but for one operation at a time.
     """
-    before = mx.set_memory_limit(budget_bytes)
+    before = mx.set_memory_limit(limit_bytes)
     try:
         yield
     finally:

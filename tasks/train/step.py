@@ -170,7 +170,7 @@ def fit_adapter(
     trainable = count_parameters(adapter_weights(network))
     mx.reset_peak_memory()
     guard = MemoryGuard(allowed.budget_bytes) if allowed else None
-    with holding_back(allowed.budget_bytes) if allowed else nullcontext():
+    with holding_back(allowed.limit_bytes) if allowed else nullcontext():
         fitted = without_frozen_layers(
             network, {name: splits[name] for name in ("train", "valid")}, settings, base_identity(model)
         )

@@ -35,6 +35,12 @@ class Allowed:
     budget_bytes: int
     estimate: MemoryEstimate | None
 
+    @property
+    def limit_bytes(self) -> int:
+        """What MLX is held to while it runs."""
+        predicted = self.estimate.limit_bytes if self.estimate else None
+        return min(self.budget_bytes, predicted or self.budget_bytes)
+
 
 def within_budget(
     settings: TrainSettings, model: ModelFolder, data: StepOutput

@@ -8,6 +8,7 @@ its largest phase.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import mlx.nn as nn
 
 from tasks.config import TrainSettings
-from tasks.models.device import own_memory_bytes
+from tasks.models.device import on_gpu, own_memory_bytes
 from tasks.models.folder import ModelFolder
 from tasks.publish import StepOutput
 from tasks.train.adapters import adapter_weights
@@ -24,7 +25,7 @@ from tasks.train.memory.backends import layers_in_sight, pace
 from tasks.train.memory.calibration import Calibration, calibration
 from tasks.train.memory.fusion import fused
 from tasks.train.memory.graph import Graph, Value
-from tasks.train.memory.replay import Pace, highest
+from tasks.train.memory.replay import UNDER_WAY, Pace, highest
 from tasks.train.memory.row_sizes import RowSizes
 from tasks.train.memory.skeleton import leave_out, skeleton, with_adapter
 from tasks.train.memory.traced_step import (
@@ -99,10 +100,12 @@ class MemoryEstimate:
 
     Attributes:
         phases: by name, each at its own highest moment.
+        limit_bytes: what MLX has to be held to, or it would run ahead beyond the peak; None on a CPU.
         phase: the one whose peak is the run's.
     """
 
     phases: Mapping[str, Breakdown]
+    limit_bytes: int | None = None
 
     @property
     def phase(self) -> str:
@@ -166,7 +169,21 @@ def estimate_from_config(
     """
     calibrated = calibrated or calibration()
     work = phases(settings, config, train, valid, prefixed)
-    return MemoryEstimate({each.name: calibrated.applied(each.replayed(pace())) for each in work})
+    limit = limit_bytes(work)
+    ahead = pace() if limit is None else replace(pace(), limit_bytes=limit)
+    return MemoryEstimate({each.name: calibrated.applied(each.replayed(ahead)) for each in work}, limit)
+
+
+def limit_bytes(work: Sequence[Phase]) -> int | None:
+    """What MLX is held to: where it would be half a task ahead of a GPU, throughout.
+
+    On its own it is up to ten ahead, as far as the GPU is behind, and takes up to 40% more memory (measured).
+    A CPU is behind always, and how far is known.
+    """
+    if not on_gpu():
+        return None
+    none, one = (max(each.replayed(replace(pace(), tasks=tasks)).bytes for each in work) for tasks in (0, 1))
+    return (none + one) // 2
 
 
 def phases(
@@ -200,9 +217,10 @@ class Phase:
         """Its highest moment when MLX runs `ahead` so far."""
         prefixes = (f"{WEIGHT}.", f"{BATCH}.", f"{GRADIENT}.")
         kept = [name for name in self.graph.inputs if name.startswith(prefixes)]
-        held = highest(self.graph, ahead, self.name_of, kept).held
-        standing = self.standing.parts()
-        return Breakdown(**{part: held.get(part, 0) + standing[part] for part in PARTS})
+        moment = highest(self.graph, ahead, self.name_of, kept, self.standing.bytes)
+        held = Counter(moment.held) + Counter(self.standing.parts())
+        held["activations"] += held.pop(UNDER_WAY, 0)
+        return Breakdown(**{part: held[part] for part in PARTS})
 
 
 def _usual(settings: TrainSettings) -> Prefixed:
@@ -315,11 +333,11 @@ class _Run:
         validated = settings.max_steps is None or settings.max_steps > settings.steps_per_eval
         split = ((self.train, self.prefixed.train), (self.valid, self.prefixed.valid))
         sizes = [rows.tokens * self.width * self.dtype.size for rows, prefixed in split if prefixed]
-        on_gpu = sum(size for size in sizes if size <= GPU_SHARE * own_memory_bytes())
+        on_device = sum(size for size in sizes if size <= GPU_SHARE * own_memory_bytes())
         return Breakdown(
             weights=0 if self._frees() else self.left_out,
             adapters=self.trained if validated else 0,
-            cache=on_gpu,
+            cache=on_device,
         )
 
     def _frees(self) -> bool:

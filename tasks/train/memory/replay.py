@@ -10,6 +10,7 @@ Rules of MLX 0.32.4, by file of its source:
   (mlx/backend/cpu/matmul.cpp).
 - What an operation reads is held until it is done, and MLX runs ahead of the machine: memory is taken when an
   operation is handed over, given back when it is done. `Pace` says how far ahead.
+- Beyond a limit (`mx.set_memory_limit`) MLX waits, after the operation that went beyond it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from numpy.typing import NDArray
 
 from tasks.train.memory.fusion import ELEMENTWISE
 from tasks.train.memory.graph import Graph, Operation, Value
+
+UNDER_WAY = "under way"
+"""What is held up to the limit beyond what is known, as `name_of` calls other things."""
 
 WIDTH = 20
 """MLX_BFS_MAX_WIDTH."""
@@ -67,6 +71,9 @@ class Pace:
         numbers: or with operations that read so many numbers; None where that does not count.
         of_operation, of_view: dispatches that one takes.
         page_bytes: larger arrays take a multiple of it.
+        limit_bytes: beyond so much MLX waits for what is under way.
+        crest: of the times that the memory goes beyond the limit, the highest that is expected to be met. How
+            far ahead MLX is at a moment is chance: what comes up once seldom meets it at the limit.
     """
 
     tasks: int
@@ -75,11 +82,13 @@ class Pace:
     of_operation: int
     of_view: int
     page_bytes: int
+    limit_bytes: float = math.inf
+    crest: int = 3
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is held at the highest peak.
+    """What is held at a peak.
 
     Attributes:
         held: bytes by what they are, as `name_of` calls them.
@@ -116,14 +125,16 @@ def highest(
     pace: Pace,
     name_of: Callable[[Value], str],
     kept: Collection[str],
+    beside: int = 0,
 ) -> Moment:
-    """The moment of the highest memory while `graph` is carried out.
+    """The moment of the highest memory that is expected to be met while `graph` is carried out.
 
     Args:
         name_of: of an array, what it is.
         kept: names of inputs that somebody holds throughout; the others are free after their last use.
+        beside: bytes that are held throughout and are no arrays of the graph.
     """
-    return _Replay(graph, pace, name_of, kept).run()
+    return _Replay(graph, pace, name_of, kept, beside).run()
 
 
 class _Replay:
@@ -133,11 +144,16 @@ class _Replay:
         pace: Pace,
         name_of: Callable[[Value], str],
         kept: Collection[str],
+        beside: int,
     ) -> None:
         self.graph, self.pace, self.name_of = graph, pace, name_of
+        self.limit = pace.limit_bytes - beside
         self.held: Counter[str] = Counter()
         self.total = 0
-        self.peak: tuple[int, dict[str, int], str] = (-1, {}, "")
+        self.seen, self.highest = 0, -1
+        self.peak = Moment({}, "")
+        self.climbed: Moment | None = None
+        self.crests: list[Moment] = []
         self.arrays: dict[Value, _Array] = {}
         self.under_way: deque[tuple[int, list[_Buffer]]] = deque()  # (task, what its operation reads)
         self.running: deque[int] = deque()
@@ -154,8 +170,14 @@ class _Replay:
         self._look("start")
         for operation in ordered(self.graph):
             self._carry_out(operation)
-        _, held, during = self.peak
-        return Moment({name: count for name, count in held.items() if count}, during)
+        if self.peak.bytes <= self.limit:
+            return self.peak
+        self.total = 0
+        self._look("end")
+        met = sorted(self.crests, key=lambda crest: -crest.bytes)[: self.pace.crest][-1]
+        if met.bytes >= self.limit:
+            return met
+        return Moment({**met.held, UNDER_WAY: math.ceil(self.limit - met.bytes)}, met.operation)
 
     def _carry_out(self, operation: Operation) -> None:
         sources = [self.arrays[value] for value in operation.inputs]
@@ -189,10 +211,11 @@ class _Replay:
         self.dispatched += pace.of_view if operation.name in VIEWS else pace.of_operation
         if operation.name not in VIEWS:
             self.numbers += sum(value.size for value in operation.inputs)
-        if self.dispatched >= pace.dispatches or (pace.numbers and self.numbers > pace.numbers):
+        full = self.dispatched >= pace.dispatches or (pace.numbers and self.numbers > pace.numbers)
+        if full or self.total > self.limit:
             self.running.append(self.task)
             self.task, self.dispatched, self.numbers = self.task + 1, 0, 0
-        while len(self.running) > pace.tasks:
+        while len(self.running) > pace.tasks or (self.running and self.total > self.limit):
             self._done(self.running.popleft())
 
     def _done(self, task: int) -> None:
@@ -240,8 +263,15 @@ class _Replay:
             self.total -= buffer.nbytes
 
     def _look(self, operation: str) -> None:
-        if self.total > self.peak[0]:
-            self.peak = (self.total, dict(self.held), operation)
+        highest = self.total > self.highest
+        if self.total > self.seen and (highest or self.limit < math.inf):
+            self.climbed = Moment({name: count for name, count in self.held.items() if count}, operation)
+            if highest:
+                self.highest, self.peak = self.total, self.climbed
+        elif self.climbed and self.total <= self.seen:
+            self.crests.append(self.climbed)
+            self.climbed = None
+        self.seen = self.total
 
 
 def ordered(graph: Graph) -> list[Operation]:
