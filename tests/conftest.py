@@ -14,6 +14,7 @@ import pytest
 import tasks  # noqa: F401  (BLAS has to be loaded before mlx)
 from tasks.models.folder import ModelFolder
 from tasks.prepare.splits import TokenRows
+from tasks.train.memory.calibration import note_probe
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -103,6 +104,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     folder = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("TUNESMITH_HOME", str(folder))
     monkeypatch.setenv("TUNESMITH_CACHE", str(folder / "cache"))
+    note_probe(1.0)  # this machine's is a test of its own, and takes two seconds
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
     return folder

@@ -102,3 +102,26 @@ def test_what_is_kept_for_a_block_is_let_go_after_it(dequantised: list[int]) -> 
         assert len(dequantised) == 1
     layer(x)
     assert len(dequantised) == 2
+
+
+@pytest.mark.compiled
+def test_recomputing_keeps_nothing_dequantised_from_one_pass_to_the_next() -> None:
+    """Twelve matrices of 4 MB dequantised; MLX may have half of them under way at once."""
+    size, count = 1024, 12
+    layers = [nn.QuantizedLinear(size, size, bias=False, group_size=64, bits=4) for _ in range(count)]
+    use_dequantised_products(nn.Sequential(*layers))
+    mx.eval([layer.parameters() for layer in layers])
+
+    def loss(x: mx.array) -> mx.array:
+        for layer in layers:
+            x = mx.checkpoint(lambda x, layer=layer: mx.tanh(layer(x)) + x)(x)
+        return x.sum()
+
+    compute = mx.compile(mx.grad(loss))
+    x = mx.zeros((LEAST_ROWS, size))
+    mx.eval(compute(x))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(compute(x))
+    activations = count * x.nbytes
+    assert mx.get_peak_memory() - before - activations < 0.75 * count * 4 * size * size

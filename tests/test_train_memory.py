@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +25,7 @@ from tasks.train.adapters import adapter_config, adapter_weights, add_adapter, c
 from tasks.train.memory import estimate as estimating
 from tasks.train.memory.backends import CPU
 from tasks.train.memory.budget import in_words, within_budget
-from tasks.train.memory.calibration import CHANGING, Calibration, calibration, learn
+from tasks.train.memory.calibration import CHANGING, Calibration, calibration, learn, note_probe
 from tasks.train.memory.estimate import (
     Breakdown,
     MemoryEstimate,
@@ -33,10 +36,12 @@ from tasks.train.memory.estimate import (
 from tasks.train.memory.fitting import Plan, nearest_that_fits, what_fits
 from tasks.train.memory.fusion import fused
 from tasks.train.memory.graph import graph_of, instead_of
-from tasks.train.memory.replay import highest
+from tasks.train.memory.probe import CONFIG, calibrate_once
+from tasks.train.memory.replay import BEYOND, highest
 from tasks.train.memory.row_sizes import RowSizes
 from tasks.train.memory.skeleton import leave_out, skeleton
 from tasks.train.memory.traced_step import flat
+from tasks.train.memory_guard import holding_back
 from tasks.train.outline import outline
 
 ROWS = RowSizes.alike(length=65, supervised=32)
@@ -88,6 +93,62 @@ def test_the_replay_of_a_gradient_is_the_memory_that_mlx_takes_for_it(compiled: 
     mx.reset_peak_memory()
     mx.eval(compute(**arrays))
     assert replayed.bytes == pytest.approx(mx.get_peak_memory() - held, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_layers": -1}, {"num_layers": 2, "grad_checkpoint": True, "accumulation_steps": 2}],
+)
+def test_a_training_takes_what_was_predicted_of_it(settings: dict[str, Any]) -> None:
+    """In a process of its own, with a head of several chunks."""
+    config = {**CONFIG, "vocab_size": 50_000}
+    code = f"""
+import tasks
+from tasks.config import TrainSettings
+from tasks.train.memory import probe
+settings = TrainSettings(**{settings!r}, batch_size=2, epochs=2, max_steps=2, frozen_prefix="never")
+print(probe.measured_ratio({config!r}, settings, rows=4, length=257))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[-1]) == pytest.approx(1, abs=0.04)
+
+
+@pytest.mark.skipif(on_gpu(), reason="the pace is that of the CPU backend")
+@pytest.mark.parametrize("share", [0.9, 0.8])
+def test_held_to_a_limit_mlx_takes_what_the_replay_takes_that_is_held_to_it(share: float) -> None:
+    arrays = {"x": mx.ones((3000, 768)), **{f"w{place}": mx.ones((768, 768)) for place in range(8)}}
+    graph = graph_of(steps_of_layers, arrays)
+    free = highest(graph, CPU, lambda value: "all", list(arrays)).bytes
+    mx.eval(arrays)
+    held = mx.get_active_memory() - sum(array.nbytes for array in arrays.values())
+    with holding_back(round(share * free) + held):
+        mx.reset_peak_memory()
+        mx.eval(steps_of_layers(**arrays))
+        peak = mx.get_peak_memory() - held
+    limited = replace(CPU, limit_bytes=share * free, crest=1)
+    assert highest(graph, limited, lambda value: "all", list(arrays)).bytes == pytest.approx(peak, rel=0.02)
+    assert peak < (share + 0.06) * free
+
+
+def test_beyond_a_limit_the_crest_that_comes_up_often_enough_is_met() -> None:
+    """Three times 4 MB and once 40 MB beside what is there, each given back before the next."""
+
+    def crests(x: mx.array) -> list[mx.array]:
+        total = mx.zeros(())
+        for rows in (1000, 10_000, 1000, 1000):
+            [x] = mx.depends([x], [total])
+            total = total + mx.sum(mx.cumsum(mx.broadcast_to(x, (rows, 1000)), axis=0))
+        return [total]
+
+    graph = graph_of(crests, {"x": mx.zeros((1000,))})
+
+    def met(crest: int, limit_bytes: float = 1e6) -> float:
+        pace = replace(CPU, limit_bytes=limit_bytes, crest=crest)
+        return highest(graph, pace, lambda value: "all", ["x"]).bytes / 1e6
+
+    assert [round(met(crest)) for crest in (1, 2, 3, 4)] == [40, 4, 4, 4]
+    assert met(2, limit_bytes=20e6) == pytest.approx((1 + BEYOND) * 20, rel=1e-3)
+    assert met(2, limit_bytes=1e9) == met(1, limit_bytes=math.inf)
 
 
 def names(function: Callable[..., Sequence[mx.array]], compile_too: bool = False) -> list[str]:
@@ -220,10 +281,42 @@ def test_measured_runs_calibrate_and_outliers_do_not() -> None:
     assert set(CHANGING) < set(replayed.parts())
 
 
+def test_this_machine_is_measured_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [file] = (home / "cache" / "memory").glob("*.probe.json")
+    file.unlink()
+    calibrate_once()
+    [ratio] = json.loads(file.read_text())
+    assert ratio == pytest.approx(1, abs=0.02)
+    monkeypatch.setattr(sys, "executable", "nothing that runs")
+    calibrate_once()
+    assert json.loads(file.read_text()) == [ratio]
+
+
+def test_a_machine_that_cannot_be_measured_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    [file] = (home / "cache" / "memory").glob("*.probe.json")
+    file.unlink()
+    monkeypatch.setattr(sys, "executable", "nothing that runs")
+    calibrate_once()
+    assert "could not be measured" in caplog.text
+    assert json.loads(file.read_text()) == [1.0]
+
+
+def test_a_probe_counts_until_there_are_runs_and_raises_only() -> None:
+    note_probe(0.9)
+    assert calibration() == Calibration()
+    note_probe(1.2)
+    assert calibration() == Calibration(1.2)
+    for _ in range(3):
+        learn(MemoryEstimate({"training": Breakdown(activations=1000)}), 1050)
+    assert calibration().ratio == pytest.approx(1.05)
+
+
 def test_a_damaged_calibration_counts_for_none(home: Path) -> None:
     for _ in range(3):
         learn(MemoryEstimate({"training": Breakdown(activations=1000)}), 1100)
-    [file] = (home / "cache" / "memory").glob("*.json")
+    [file] = (home / "cache" / "memory").glob("????????????????.json")
     assert len(json.loads(file.read_text())) == 3
     file.write_text("[1.1, ")
     assert calibration() == Calibration()

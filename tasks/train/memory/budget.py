@@ -15,6 +15,7 @@ from tasks.publish import StepOutput
 from tasks.train.frozen_prefix import frozen_depth, worth_keeping
 from tasks.train.memory.estimate import Breakdown, MemoryEstimate, Prefixed
 from tasks.train.memory.fitting import Change, Plan, nearest_that_fits
+from tasks.train.memory.probe import calibrate_once
 from tasks.train.memory.row_sizes import RowSizes
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def within_budget(
     """
     budget_bytes = parse_budget(settings.budget, free_memory())
     plan = plan_of(settings, model, data)
+    calibrate_once()
     try:
         with progress("memory of the run"):
             estimate = plan.estimate()

@@ -1,6 +1,7 @@
 """What measured runs say about the replay, kept in the cache for this machine, backend and version of MLX.
 
-<cache>/memory/<device and version>.json    ratios of the latest runs, measured over predicted
+<cache>/memory/<device and version>.json          ratios of the latest runs, measured over predicted
+<cache>/memory/<device and version>.probe.json    the ratio of a tiny one, before there are others
 """
 
 from __future__ import annotations
@@ -44,22 +45,36 @@ class Calibration:
 
     def applied(self, replayed: Breakdown) -> Breakdown:
         """The breakdown with the difference as slack."""
-        changing = sum(getattr(replayed, part) for part in CHANGING)
-        return replace(replayed, slack=round((self.ratio - 1) * changing))
+        return replace(replayed, slack=round((self.ratio - 1) * changing_bytes(replayed)))
+
+
+def changing_bytes(replayed: Breakdown) -> int:
+    """Of what the replay predicts."""
+    return sum(getattr(replayed, part) for part in CHANGING)
 
 
 def calibration() -> Calibration:
-    """This machine's: the median of what its runs measured, within bounds; none before three of them."""
+    """This machine's: the median of what its runs measured, within bounds, or what the probe did before."""
     ratios = _ratios(_file())
     if len(ratios) < LEAST_RUNS:
-        return Calibration()
+        return Calibration(min(max([1.0, *_ratios(_probe_file())]), HIGHEST))
     return Calibration(min(max(statistics.median(ratios), LOWEST), HIGHEST))
+
+
+def probed() -> bool:
+    """Whether a tiny run has been measured on this machine."""
+    return _probe_file().is_file()
+
+
+def note_probe(ratio: float) -> None:
+    """Keep what it measured."""
+    _write(_probe_file(), [ratio])
 
 
 def learn(estimate: MemoryEstimate, measured_bytes: int) -> None:
     """Note what a finished run took in the phase that was predicted to be its highest."""
     peak = replace(estimate.at_peak, slack=0)
-    changing = sum(getattr(peak, part) for part in CHANGING)
+    changing = changing_bytes(peak)
     if not changing:
         return
     ratio = (measured_bytes - (peak.bytes - changing)) / changing
@@ -68,9 +83,14 @@ def learn(estimate: MemoryEstimate, measured_bytes: int) -> None:
     path = _file()
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.draft")
-        write_json(draft, [*_ratios(path), ratio][-MOST_RUNS:])
-        os.replace(draft, path)
+        _write(path, [*_ratios(path), ratio][-MOST_RUNS:])
+
+
+def _write(path: Path, ratios: list[float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.draft")
+    write_json(draft, ratios)
+    os.replace(draft, path)
 
 
 def _ratios(path: Path) -> list[float]:
@@ -82,3 +102,7 @@ def _ratios(path: Path) -> list[float]:
 def _file() -> Path:
     known = {"device": device_name(), "mlx": importlib.metadata.version("mlx")}
     return cache_dir() / "memory" / f"{fingerprint(known)}.json"
+
+
+def _probe_file() -> Path:
+    return _file().with_suffix(".probe.json")
