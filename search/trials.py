@@ -235,9 +235,8 @@ class Search:
             settings, rung_steps = self.settings_of(trial.params)
             self._runs.open(number, settings)
             until = None if rung == len(rung_steps) - 1 else rung_steps[rung]
-            self._work[children.start(Train(settings, until, self.budget_bytes))] = _Work(
-                number, rung, trial.step
-            )
+            order = Train(settings, until, self.budget_bytes, needed)
+            self._work[children.start(order)] = _Work(number, rung, trial.step)
             begun += 1
         return begun
 

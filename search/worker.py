@@ -58,11 +58,12 @@ class Prefixes:
 
 @dataclass(frozen=True)
 class Train:
-    """Train to `until_step`, or to the end, in at most so much memory."""
+    """Train to `until_step`, or to the end, in at most so much memory, of which a share is expected of it."""
 
     settings: TrainSettings
     until_step: int | None
     budget_bytes: int
+    share_bytes: int
 
 
 Order = Prefixes | Train
@@ -152,7 +153,7 @@ class Worker:
             network, model = self._base.network, self._begin.model
             record_for_trials(order.settings, model, self._begin.data, order.num_layers, network)
             return None
-        allowed = Allowed(order.budget_bytes, estimate=None)
+        allowed = Allowed(order.budget_bytes, share_bytes=order.share_bytes)
         return train_trial(
             order.settings, self._base, self._begin.data, self._report, order.until_step, allowed
         )

@@ -449,7 +449,7 @@ def test_a_death_names_the_signal_and_what_the_child_said_last(
     tiny_model: ModelFolder, data: StepOutput
 ) -> None:
     with Children(Begin(tiny_model, data, EvaluateSettings()), 1) as children:
-        child = children.start(Train(small_settings().train, None, 10**12))
+        child = children.start(Train(small_settings().train, None, 10**12, 10**12))
         os.kill(child.process.pid, signal.SIGABRT)
         while not isinstance(message := child.receive(), Death):
             pass

@@ -24,7 +24,7 @@ from tasks.publish import StepOutput
 from tasks.train.adapters import adapter_config, adapter_weights, add_adapter, count_parameters
 from tasks.train.memory import estimate as estimating
 from tasks.train.memory.backends import CPU
-from tasks.train.memory.budget import in_words, within_budget
+from tasks.train.memory.budget import Allowed, in_words, within_budget
 from tasks.train.memory.calibration import CHANGING, Calibration, calibration, learn, note_probe
 from tasks.train.memory.estimate import (
     Breakdown,
@@ -320,6 +320,15 @@ def test_a_damaged_calibration_counts_for_none(home: Path) -> None:
     assert len(json.loads(file.read_text())) == 3
     file.write_text("[1.1, ")
     assert calibration() == Calibration()
+
+
+def test_mlx_is_held_to_the_least_of_budget_share_and_prediction() -> None:
+    predicted = MemoryEstimate({}, limit_bytes=300)
+    assert Allowed(1000).limit_bytes == 1000
+    assert Allowed(1000, MemoryEstimate({})).limit_bytes == 1000
+    assert Allowed(1000, predicted).limit_bytes == 300
+    assert Allowed(1000, predicted, share_bytes=200).limit_bytes == 200
+    assert Allowed(100, predicted, share_bytes=200).limit_bytes == 100
 
 
 def test_a_breakdown_is_told_largest_first() -> None:

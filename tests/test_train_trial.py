@@ -234,7 +234,7 @@ def test_a_trial_over_the_memory_it_may_take_is_stopped_and_goes_on_when_it_may_
     base: WarmBase, data: StepOutput
 ) -> None:
     with pytest.raises(OverBudget):
-        train_trial(settings(), base, data, nobody, None, Allowed(1000, None))
+        train_trial(settings(), base, data, nobody, None, Allowed(1000))
     assert _failed(OverBudget("5 GB")).kind == "memory", "which makes it infeasible, and not failed"
-    stopped = train_trial(settings(), base, data, nobody, None, Allowed(10**12, None))
+    stopped = train_trial(settings(), base, data, nobody, None, Allowed(10**12))
     assert stopped.ended_by == "epochs"

@@ -30,17 +30,20 @@ class Allowed:
     """What a run may take.
 
     Attributes:
-        estimate: of its settings; None where the model's code cannot be traced.
+        estimate: of its settings; None where the model's code cannot be traced, or somebody else made it.
+        share_bytes: of the budget, for one of several runs at work together.
     """
 
     budget_bytes: int
-    estimate: MemoryEstimate | None
+    estimate: MemoryEstimate | None = None
+    share_bytes: int | None = None
 
     @property
     def limit_bytes(self) -> int:
         """What MLX is held to while it runs."""
         predicted = self.estimate.limit_bytes if self.estimate else None
-        return min(self.budget_bytes, predicted or self.budget_bytes)
+        known = (self.budget_bytes, self.share_bytes, predicted)
+        return min(each for each in known if each is not None)
 
 
 def within_budget(
