@@ -10,8 +10,9 @@ from tasks.budget import parse_budget
 from tasks.config import Settings, TrainSettings
 from tasks.models.resolve import model_config
 from tasks.progress import progress
+from tasks.train.memory.afterwards import estimate_afterwards
 from tasks.train.memory.budget import free_memory
-from tasks.train.memory.estimate import MemoryEstimate
+from tasks.train.memory.estimate import Breakdown, MemoryEstimate
 from tasks.train.memory.fitting import Change, Largest, Plan, nearest_that_fits, what_fits
 from tasks.train.memory.known_models import KNOWN_MODELS, shallow
 from tasks.train.memory.row_sizes import RowSizes
@@ -24,25 +25,38 @@ class Told:
     Attributes:
         fits: the largest value of each setting within the budget.
         changes: the nearest settings that fit, where the run does not; None where none do.
+        afterwards: what follows the training, by name, each at its own highest moment.
     """
 
     estimate: MemoryEstimate
     budget_bytes: int
     fits: list[Largest] = field(default_factory=list)
     changes: list[Change] | None = field(default_factory=list)
+    afterwards: Mapping[str, Breakdown] = field(default_factory=dict)
 
     @property
     def is_over(self) -> bool:
         """Whether the run would not be started."""
         return self.estimate.peak_bytes > self.budget_bytes
 
+    @property
+    def phases(self) -> dict[str, Breakdown]:
+        """Those of the training, and what follows it."""
+        return {**self.estimate.phases, **self.afterwards}
+
+    @property
+    def over_afterwards(self) -> list[str]:
+        """What follows the training and takes more than the budget, which is the training's."""
+        return [name for name, parts in self.afterwards.items() if parts.bytes > self.budget_bytes]
+
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
         return {
             "peak_bytes": self.estimate.peak_bytes,
             "phase": self.estimate.phase,
-            "phases": {name: parts.parts() for name, parts in self.estimate.phases.items()},
+            "phases": {name: parts.parts() for name, parts in self.phases.items()},
             "budget_bytes": self.budget_bytes,
+            "over_afterwards": self.over_afterwards,
             "fits": [asdict(each) for each in self.fits],
             "changes": [
                 {"settings": list(each.overrides), "why": each.why, "peak_bytes": each.peak_bytes}
@@ -62,6 +76,7 @@ def estimate_run(settings: Settings, length: int, with_fits: bool) -> Told:
     with progress("what the run takes"):
         plan = Plan(settings.train, model_config(settings.model), rows, rows)
         told = Told(plan.estimate(), budget_bytes)
+        told = replace(told, afterwards=estimate_afterwards(settings, plan.config, rows))
     if told.is_over:
         with progress("settings that fit"):
             told = replace(told, changes=nearest_that_fits(plan, budget_bytes))

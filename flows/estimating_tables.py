@@ -16,19 +16,23 @@ GB = 1e9
 
 def print_estimate(console: Console, told: Told) -> None:
     """The phases of a run with their parts, whether it fits, and what would."""
-    table = Table("GB", *told.estimate.phases, title=f"peak memory on {device_name()}")
+    table = Table("GB", *told.phases, title=f"peak memory on {device_name()}")
     for part in PARTS:
-        sizes = [getattr(parts, part) for parts in told.estimate.phases.values()]
+        sizes = [getattr(parts, part) for parts in told.phases.values()]
         if any(abs(size) >= 5e6 for size in sizes):
             table.add_row(part, *(f"{size / GB:.2f}" for size in sizes))
     table.add_section()
-    table.add_row("together", *(f"{parts.bytes / GB:.2f}" for parts in told.estimate.phases.values()))
+    table.add_row("together", *(f"{parts.bytes / GB:.2f}" for parts in told.phases.values()))
     console.print(table)
     peak, budget = told.estimate.peak_bytes / GB, told.budget_bytes / GB
     verdict = "over" if told.is_over else "within"
     console.print(
         f"{peak:.2f} GB while {told.estimate.phase}: {verdict} the budget of {budget:.2f} GB", highlight=False
     )
+    for name in told.over_afterwards:
+        size = told.phases[name].bytes / GB
+        told_of = f"{size:.2f} GB while {name}, after the training: over the budget of the training"
+        console.print(told_of, highlight=False)
     _print_changes(console, told)
     _print_fits(console, told)
 

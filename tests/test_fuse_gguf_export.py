@@ -337,7 +337,7 @@ def adapter_of(folder: Path, model: ModelFolder, method: str = "lora", **setting
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_a_lora_in_gguf_is_the_adapter_over_the_tensors_of_its_base(tmp_path: Path, model_type: str) -> None:
     """W + alpha / rank * B A over the base's file, as llama.cpp computes it, is the fused model's file."""
-    from tasks.fuse.merge import _merge
+    from tasks.fuse.merge import merge_layers
 
     model = tiny_folder(tmp_path / "model", model_type)
     adapter = adapter_of(tmp_path / "adapter", model, scale=0.3)
@@ -347,7 +347,7 @@ def test_a_lora_in_gguf_is_the_adapter_over_the_tensors_of_its_base(tmp_path: Pa
     base = read_gguf(written(model.path, tmp_path / "base.gguf")).tensors
     network = load_model(model.path).model
     load_adapter(network, adapter)
-    _merge(network)
+    merge_layers(network)
     save_model(model.path, network)
     fused = read_gguf(written(model.path, tmp_path / "fused.gguf")).tensors
     names = {name.removesuffix(".lora_a") for name in lora.tensors if name.endswith(".lora_a")}

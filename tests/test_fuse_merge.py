@@ -17,7 +17,7 @@ from tasks.config import FuseSettings, TrainSettings
 from tasks.errors import InputError, StepError
 from tasks.fuse import merge
 from tasks.fuse.fidelity import PROOF_PROMPTS, PROOF_TOKENS, TEXTS
-from tasks.fuse.merge import FUSION_FILE, _merge, fuse_adapter
+from tasks.fuse.merge import FUSION_FILE, fuse_adapter, merge_layers
 from tasks.home import runs_dir
 from tasks.models.folder import ModelFolder
 from tasks.models.load import load_model
@@ -77,10 +77,10 @@ def test_a_merge_that_changes_the_model_is_not_published(
     tmp_path: Path, tiny_model: ModelFolder, data: StepOutput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def merge_wrongly(network: nn.Module) -> None:
-        _merge(network)
+        merge_layers(network)
         network.model.norm.weight *= -1
 
-    monkeypatch.setattr(merge, "_merge", merge_wrongly)
+    monkeypatch.setattr(merge, "merge_layers", merge_wrongly)
     adapter = adapter_of(tmp_path / "adapter", tiny_model, "lora")
     for settings, fault in (
         (FuseSettings(tolerance=1e-5), r"test loss is \d.*, the adapter's \d.*over fuse\.tolerance = 1e-05"),
@@ -155,6 +155,6 @@ def test_a_base_of_half_precision_stays_so(method: str, bits: int | None) -> Non
     network = tiny_network(bits=bits, dtype="bfloat16")
     settings = TrainSettings.model_validate({"method": method, "num_layers": 2, "rank": 4})
     add_adapter(network, adapter_config(settings, 4), 0)
-    _merge(network)
+    merge_layers(network)
     assert {array.dtype for _, array in tree_flatten(network.parameters())} == {mx.bfloat16}
     assert not any(hasattr(module, "bits") for module in network.modules())

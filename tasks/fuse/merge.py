@@ -101,7 +101,7 @@ def _write_merged(draft: Path, model: Path, adapter: Path, rows: TokenRows) -> B
     loaded = load_model(model)
     load_adapter(loaded.model, adapter)
     expected = observe(loaded.model, rows)
-    _merge(loaded.model)
+    merge_layers(loaded.model)
     write_model(draft, loaded.model, unquantised(loaded.config), model)
     return expected
 
@@ -137,7 +137,8 @@ def _check_kind(adapter: Path) -> None:
         )
 
 
-def _merge(network: nn.Module) -> None:
+def merge_layers(network: nn.Module) -> None:
+    """Exchange adapted layers for their merged form and quantised ones for plain ones, nothing evaluated."""
     from mlx.utils import tree_unflatten
     from mlx_lm.utils import dequantize_model
 

@@ -55,7 +55,7 @@ def load_model(folder: Path) -> LoadedModel:
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder}: mlx_lm cannot load this model: {error}") from None
     if not on_gpu():
-        model, config = _as_float32(model, config)
+        model, config = as_float32(model, config)
     use_fast_code(model)
     model.eval()
     mx.eval(model.parameters())
@@ -87,7 +87,8 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
         raise InputError(f"{folder}: transformers cannot load this tokenizer: {error}") from None
 
 
-def _as_float32(model: Module, config: dict[str, Any]) -> tuple[Module, dict[str, Any]]:
+def as_float32(model: Module, config: dict[str, Any]) -> tuple[Module, dict[str, Any]]:
+    """The model plain and in float32, nothing evaluated, and the config that describes it."""
     import mlx.core as mx
     from mlx_lm.utils import dequantize_model
 

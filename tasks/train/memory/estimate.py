@@ -248,7 +248,7 @@ class _Run:
         self.prefixed = prefixed if self.depth else Prefixed(False, False)
         vector = embedded(whole)
         self.width, self.dtype = vector.shape[-1], vector.dtype
-        self.vocabulary = _vocabulary(config)
+        self.vocabulary = vocabulary_size(config)
         self.optimizer = optimizer_bytes(whole, settings)
         self.trained = sum(array.nbytes for array in adapter_weights(whole).values())
         self.left_out = _bytes(leave_out(whole, self.depth, layers_in_sight(pace())))
@@ -382,5 +382,6 @@ def _bytes(layers: Sequence[nn.Module]) -> int:
     return sum(array.nbytes for layer in layers for _, array in flat(layer.parameters()))
 
 
-def _vocabulary(config: Mapping[str, Any]) -> int:
+def vocabulary_size(config: Mapping[str, Any]) -> int:
+    """Tokens that logits are of."""
     return int({**config, **config.get("text_config", {})}["vocab_size"])

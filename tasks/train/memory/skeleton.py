@@ -31,20 +31,25 @@ HEADLESS = ("gemma3_text",)
 
 def skeleton(config: Mapping[str, Any]) -> nn.Module:
     """The base model of a `config.json` as `load_model` holds it here, in evaluation mode."""
-    network = outline(config)
-    if config.get("model_type") in HEADLESS and config.get("tie_word_embeddings", True):
-        network.sanitize({})
     if on_gpu():
-        network.set_dtype(_stored_dtype(config))
-        if quantization := config.get("quantization") or config.get("quantization_config"):
-            _quantise(network, quantization)
+        network = stored_network(config)
         if own_memory_bytes():
             use_dequantised_stand_ins(network)
             use_fast_functions(network, fused_attention_stand_in())
     else:
+        network = _plain_network(config)
         network.set_dtype(mx.float32)
         use_fast_functions(network, cpu_stand_ins())
     network.eval()
+    return network
+
+
+def stored_network(config: Mapping[str, Any]) -> nn.Module:
+    """The base model of a `config.json` in the types its files have."""
+    network = _plain_network(config)
+    network.set_dtype(_stored_dtype(config))
+    if quantization := config.get("quantization") or config.get("quantization_config"):
+        _quantise(network, quantization)
     return network
 
 
@@ -97,6 +102,13 @@ def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     """Settings of a module, but for its number among the layers."""
     own = ((name, value) for name, value in vars(module).items() if name != "layer_idx")
     return tuple((name, value) for name, value in own if isinstance(value, (bool, int, float, str)))
+
+
+def _plain_network(config: Mapping[str, Any]) -> nn.Module:
+    network = outline(config)
+    if config.get("model_type") in HEADLESS and config.get("tie_word_embeddings", True):
+        network.sanitize({})
+    return network
 
 
 def _stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:

@@ -142,7 +142,15 @@ def fused_attention(
     mask: Any,
     sinks: Any = None,
 ) -> mx.array:
-    """Of attention by one kernel each way: (batch, heads, length, head_dim); scores are never there."""
+    """Of attention by one kernel each way: (batch, heads, length, head_dim); scores are never there.
+
+    With a cache there is no gradient, and MLX's own function stays.
+    """
+    if cache is not None:
+        from mlx_lm.models.base import scaled_dot_product_attention
+
+        plain: mx.array = scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
+        return plain
     batch, heads, length, width = queries.shape
     groups = keys.shape[1]
     shared = queries.reshape(batch, groups, heads // groups, length, width)

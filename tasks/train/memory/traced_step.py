@@ -59,7 +59,7 @@ def update_graph(network: nn.Module, settings: TrainSettings, shape: BatchShape)
     optimizer = _optimizer(network, settings)
 
     def update(**arrays: mx.array) -> list[mx.array]:
-        _take(network, arrays)
+        take(network, arrays)
         _take_state(optimizer, arrays)
         loss, gradient = _loss_and_gradient(network, settings, arrays)
         held = [array for _, array in flat(gradient)]  # by `Updates.launch`, to its end
@@ -72,7 +72,7 @@ def gradient_graph(network: nn.Module, settings: TrainSettings, shape: BatchShap
     """A batch of several of one update: its gradient, added to what is there."""
 
     def add(**arrays: mx.array) -> list[mx.array]:
-        _take(network, arrays)
+        take(network, arrays)
         loss, gradient = _loss_and_gradient(network, settings, arrays)
         found: list[tuple[str, mx.array]] = flat(gradient)
         return [loss, *(arrays[f"{GRADIENT}.{name}"] + array for name, array in found)]
@@ -85,7 +85,7 @@ def apply_graph(network: nn.Module, settings: TrainSettings) -> Graph:
     optimizer = _optimizer(network, settings)
 
     def apply(**arrays: mx.array) -> list[mx.array]:
-        _take(network, arrays)
+        take(network, arrays)
         _take_state(optimizer, arrays)
         gradient = tree_unflatten([(name, arrays[f"{GRADIENT}.{name}"]) for name in adapter_weights(network)])
         return _applied(network, optimizer, settings, gradient)
@@ -98,7 +98,7 @@ def validation_graph(network: nn.Module, shape: BatchShape) -> Graph:
     """The loss of a batch. The network is in evaluation mode."""
 
     def validate(**arrays: mx.array) -> list[mx.array]:
-        _take(network, arrays)
+        take(network, arrays)
         return [_loss(network, arrays)]
 
     return graph_of(validate, _inputs(network, shape))
@@ -108,7 +108,7 @@ def forward_graph(network: nn.Module, rows: int, length: int, heard: int) -> Gra
     """The first `heard` layers over a batch of tokens, as a prefix is built."""
 
     def forward(**arrays: mx.array) -> list[mx.array]:
-        _take(network, arrays)
+        take(network, arrays)
         with listening(network, [heard]) as hear:
             return list(hear(arrays[f"{BATCH}.inputs"]).values())
 
@@ -119,7 +119,7 @@ def first_look_graph(network: nn.Module, rows: int, length: int) -> Graph:
     """All logits of a few rows beside those at some positions, as `gathers` compares them once."""
 
     def look(**arrays: mx.array) -> list[mx.array]:
-        _take(network, arrays)
+        take(network, arrays)
         ids, again, positions = (arrays[f"{BATCH}.{name}"] for name in ("inputs", "again", "positions"))
         plain = log_probabilities(plain_logits(network, ids, positions))
         gathered = log_probabilities(head_logits(network, supervised_hidden(network, again, positions)))
@@ -136,7 +136,7 @@ def _loss_and_gradient(
 ) -> tuple[mx.array, Any]:
     with _recomputing(network) if settings.grad_checkpoint else _as_is():
         value, gradient = nn.value_and_grad(network, lambda: _loss(network, arrays))()
-    _take(network, arrays)
+    take(network, arrays)
     return value, gradient
 
 
@@ -296,7 +296,8 @@ def _state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
     return {f"{OPTIMIZER}.{name}": array for name, array in optimizer_state(optimizer).items()}
 
 
-def _take(network: nn.Module, arrays: Mapping[str, mx.array]) -> None:
+def take(network: nn.Module, arrays: Mapping[str, mx.array]) -> None:
+    """Let the network have the weights among a graph's inputs."""
     own = [
         (name.partition(".")[2], array)
         for name, array in arrays.items()
