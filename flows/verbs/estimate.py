@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-from flows.verbs.frame import START, Config, Overrides, app, load, quiet_prefect, quiet_screen
+from flows.verbs.frame import START, Config, Overrides, app, load, quiet_screen
 
 
 @app.command(group=START)
@@ -35,7 +35,6 @@ def estimate(
     as_json
         print one JSON object
     """
-    quiet_prefect()
     from flows.estimating import estimate_run, estimate_table
     from flows.estimating_tables import print_estimate, print_table
 
