@@ -35,7 +35,7 @@ def skeleton(config: Mapping[str, Any]) -> nn.Module:
     if config.get("model_type") in HEADLESS and config.get("tie_word_embeddings", True):
         network.sanitize({})
     if on_gpu():
-        network.set_dtype(_stored_dtype(config))
+        network.set_dtype(stored_dtype(config))
         if quantization := config.get("quantization") or config.get("quantization_config"):
             _quantise(network, quantization)
         if own_memory_bytes():
@@ -99,7 +99,8 @@ def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple((name, value) for name, value in own if isinstance(value, (bool, int, float, str)))
 
 
-def _stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+def stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+    """The type of a base's weights where they are not quantised."""
     named = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     return DTYPES.get(str(named), mx.bfloat16)
 
