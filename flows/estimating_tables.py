@@ -29,6 +29,7 @@ def print_estimate(console: Console, told: Told) -> None:
     console.print(
         f"{peak:.2f} GB while {told.estimate.phase}: {verdict} the budget of {budget:.2f} GB", highlight=False
     )
+    console.print(f"rows: {told.rows}", highlight=False, markup=False)
     _print_changes(console, told)
     _print_fits(console, told)
 

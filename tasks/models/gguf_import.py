@@ -55,9 +55,15 @@ def import_gguf(path: Path, name: str, precision: Precision | None = None) -> Pa
 
 def gguf_folder_config(path: Path, name: str, precision: Precision | None = None) -> dict[str, Any]:
     """The `config.json` of the folder that `import_gguf` makes, without making it."""
-    precision = precision or usual_precision()
-    place = _place(path, name, precision)
-    return read_config(place) if place.is_dir() else _folder_config(read_gguf(path), precision)
+    if place := imported_folder(path, name, precision):
+        return read_config(place)
+    return _folder_config(read_gguf(path), precision or usual_precision())
+
+
+def imported_folder(path: Path, name: str, precision: Precision | None = None) -> Path | None:
+    """The folder that `import_gguf` has made; None where it has not."""
+    place = _place(path, name, precision or usual_precision())
+    return place if place.is_dir() else None
 
 
 def _place(path: Path, name: str, precision: Precision) -> Path:
