@@ -54,10 +54,19 @@ def import_gguf(path: Path, name: str, precision: Precision | None = None) -> Pa
 
 
 def gguf_folder_config(path: Path, name: str, precision: Precision | None = None) -> dict[str, Any]:
-    """The `config.json` of the folder that `import_gguf` makes, without making it."""
-    if place := imported_folder(path, name, precision):
-        return read_config(place)
-    return _folder_config(read_gguf(path), precision or usual_precision())
+    """The `config.json` of the folder that `import_gguf` makes, without making it.
+
+    The file is read once for it, as that takes seconds; it is kept as `configs/<name>-<fingerprint>`.
+    """
+    if imported := imported_folder(path, name, precision):
+        return read_config(imported)
+    precision = precision or usual_precision()
+    known = cache_dir() / "configs" / _place(path, name, precision).name
+    if not known.is_dir():
+        config = _folder_config(read_gguf(path), precision)
+        with publishing(known) as draft:
+            write_json(draft / "config.json", config)
+    return read_config(known)
 
 
 def imported_folder(path: Path, name: str, precision: Precision | None = None) -> Path | None:
