@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from tasks.budget import parse_budget
 from tasks.config import Settings, TrainSettings
-from tasks.models.resolve import model_config
+from tasks.models.resolve import model_config, tokenizer_folder
+from tasks.prepare.pipeline import prepared_folder
+from tasks.prepare.splits import load_splits
 from tasks.progress import progress
 from tasks.train.memory.afterwards import estimate_afterwards
-from tasks.train.memory.budget import free_memory
+from tasks.train.memory.budget import free_memory, plan_of_rows
 from tasks.train.memory.estimate import Breakdown, MemoryEstimate
 from tasks.train.memory.fitting import Change, Largest, Plan, nearest_that_fits, what_fits
 from tasks.train.memory.known_models import KNOWN_MODELS, shallow
@@ -23,6 +26,7 @@ class Told:
     """What is told of one run.
 
     Attributes:
+        rows: of what rows it is told, in words.
         fits: the largest value of each setting within the budget.
         changes: the nearest settings that fit, where the run does not; None where none do.
         afterwards: what follows the training, by name, each at its own highest moment.
@@ -30,6 +34,7 @@ class Told:
 
     estimate: MemoryEstimate
     budget_bytes: int
+    rows: str = ""
     fits: list[Largest] = field(default_factory=list)
     changes: list[Change] | None = field(default_factory=list)
     afterwards: Mapping[str, Breakdown] = field(default_factory=dict)
@@ -57,6 +62,7 @@ class Told:
             "phases": {name: parts.parts() for name, parts in self.phases.items()},
             "budget_bytes": self.budget_bytes,
             "over_afterwards": self.over_afterwards,
+            "rows": self.rows,
             "fits": [asdict(each) for each in self.fits],
             "changes": [
                 {"settings": list(each.overrides), "why": each.why, "peak_bytes": each.peak_bytes}
@@ -65,18 +71,24 @@ class Told:
         }
 
 
-def estimate_run(settings: Settings, length: int, with_fits: bool) -> Told:
-    """Predict the run of these settings on rows of `length` tokens, half of them supervised.
+LENGTH = 512
+"""Tokens of rows that are not known."""
+
+
+def estimate_run(settings: Settings, length: int | None, with_fits: bool) -> Told:
+    """Predict the run of these settings.
+
+    Args:
+        length: tokens of a row, half of them supervised; None for the prepared rows, where they are prepared.
 
     Raises:
         InputError: the model does not exist, or does not allow the settings.
     """
-    rows = RowSizes.alike(length, max(1, length // 2))
     budget_bytes = parse_budget(settings.train.budget, free_memory())
     with progress("what the run takes"):
-        plan = Plan(settings.train, model_config(settings.model), rows, rows)
-        told = Told(plan.estimate(), budget_bytes)
-        told = replace(told, afterwards=estimate_afterwards(settings, plan.config, rows))
+        plan, rows = _plan(settings, length)
+        told = Told(plan.estimate(), budget_bytes, rows)
+        told = replace(told, afterwards=estimate_afterwards(settings, plan.config, plan.valid))
     if told.is_over:
         with progress("settings that fit"):
             told = replace(told, changes=nearest_that_fits(plan, budget_bytes))
@@ -86,6 +98,30 @@ def estimate_run(settings: Settings, length: int, with_fits: bool) -> Told:
                 told.fits.append(largest)
                 bar.advance(note=largest.setting)
     return told
+
+
+def _plan(settings: Settings, length: int | None) -> tuple[Plan, str]:
+    """What decides the run's memory, and of what rows it is, in words."""
+    config = model_config(settings.model)
+    prepared = _prepared(settings) if length is None else None
+    if prepared is not None:
+        plan = plan_of_rows(settings.train, config, load_splits(prepared))
+        longest = int(max(rows.lengths.max() for rows in (plan.train, plan.valid)))
+        return plan, f"prepared data, longest {longest:,} tokens"
+    rows = _alike(length or LENGTH)
+    why = "the data is not prepared yet" if length is None else "as given"
+    told = f"{length or LENGTH:,} tokens each, half supervised; {why}"
+    return Plan(settings.train, config, rows, rows), told
+
+
+def _prepared(settings: Settings) -> Path | None:
+    """The folder of the prepared data, where there is one; nothing is prepared or downloaded."""
+    model = tokenizer_folder(settings.model)
+    return prepared_folder(settings.data, model) if model else None
+
+
+def _alike(length: int) -> RowSizes:
+    return RowSizes.alike(length, max(1, length // 2))
 
 
 METHODS: Mapping[str, dict[str, Any]] = {
@@ -101,7 +137,7 @@ def estimate_table(length: int) -> dict[str, dict[str, int]]:
 
     A layer costs what the layer before it cost: traced are two depths of each model, the rest is their line.
     """
-    rows = RowSizes.alike(length, max(1, length // 2))
+    rows = _alike(length)
     found: dict[str, dict[str, int]] = {}
     with progress("table", total=len(KNOWN_MODELS) * len(METHODS)) as bar:
         for name, config in KNOWN_MODELS.items():

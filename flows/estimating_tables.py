@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.estimating import Told
-from tasks.models.device import device_name
+from tasks.models.device import device_name, on_gpu
 from tasks.train.memory.estimate import PARTS
 
 GB = 1e9
@@ -33,6 +33,7 @@ def print_estimate(console: Console, told: Told) -> None:
         size = told.phases[name].bytes / GB
         told_of = f"{size:.2f} GB while {name}, after the training: over the budget of the training"
         console.print(told_of, highlight=False)
+    console.print(f"rows: {told.rows}", highlight=False, markup=False)
     _print_changes(console, told)
     _print_fits(console, told)
 
@@ -65,10 +66,15 @@ def _print_changes(console: Console, told: Told) -> None:
 def _print_fits(console: Console, told: Told) -> None:
     if not told.fits:
         return
-    table = Table("the largest that fits", "as set", "with train.grad_checkpoint")
-    for each in told.fits:
-        plain, checkpointed = (
-            "none" if value is None else f"{value:,}" for value in (each.plain, each.checkpointed)
-        )
-        table.add_row(each.setting, plain, checkpointed)
+    table = Table("the largest that fits")
+    for bits in dict.fromkeys(each.bits for each in told.fits):
+        base = "" if bits is None else f"{bits} bits, "
+        table.add_column(f"{base}as set")
+        table.add_column(f"{base}with train.grad_checkpoint")
+    for setting in dict.fromkeys(each.setting for each in told.fits):
+        found = [each for each in told.fits if each.setting == setting]
+        values = [value for each in found for value in (each.plain, each.checkpointed)]
+        table.add_row(setting, *("none" if value is None else f"{value:,}" for value in values))
     console.print(table)
+    if not on_gpu():
+        console.print("a base of 16, 8 or 4 bits takes the same here: a CPU holds it as float32")

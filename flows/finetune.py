@@ -19,19 +19,19 @@ from flows.notify import notify
 from flows.resume import SETTINGS_FILE, settings_as_yaml
 from flows.steps import and_what_follows, patiently, tell_steps
 from tasks.config import Settings
-from tasks.evaluate import evaluate
-from tasks.fuse import fuse
+from tasks.evaluate.task import evaluate
+from tasks.fuse.task import fuse
 from tasks.machine import machine_turn
-from tasks.models import import_model
 from tasks.models.folder import ModelFolder
-from tasks.prepare import prepare
+from tasks.models.task import import_model
+from tasks.prepare.task import prepare
 from tasks.publish import forcing
-from tasks.register import register
-from tasks.report import report
+from tasks.register.task import register
 from tasks.report.finished import Finished
+from tasks.report.task import report
 from tasks.system_metrics import system_metrics
 from tasks.tracking import mlflow_run
-from tasks.train import train
+from tasks.train.task import train
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from search.trials import Search
 from tasks.config import Settings, TrackingSettings, TrainSettings, load_settings
 from tasks.errors import InputError
 from tasks.machine import machine_turn
-from tasks.models import import_model
 from tasks.models.folder import ModelFolder
-from tasks.prepare import prepare
+from tasks.models.task import import_model
+from tasks.prepare.task import prepare
 from tasks.publish import StepOutput, output_folder
 from tasks.system_metrics import system_metrics
 from tasks.tracking import Run, mlflow_run, reopened, stored_runs

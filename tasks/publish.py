@@ -111,12 +111,12 @@ def fingerprint(value: Any) -> str:
 def code_version(step: str) -> str:
     """A digest of the code and page templates of `tasks/<step>/`: a changed step reuses no old outputs.
 
-    Its entry for Prefect decides when it is tried again and how long it may take, and not what it makes.
+    Its task for Prefect decides when it is tried again and how long it may take, and not what it makes.
     """
     digest = hashlib.sha256()
     folder = Path(__file__).parent / step
     for source in sorted([*folder.rglob("*.py"), *folder.rglob("*.jinja")]):
-        if source == folder / "__init__.py":
+        if source in (folder / "__init__.py", folder / "task.py"):
             continue
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

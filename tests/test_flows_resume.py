@@ -26,8 +26,8 @@ from tasks.models.folder import ModelFolder
 from tasks.prepare.splits import TokenRows, save_splits
 from tasks.publish import StepOutput
 from tasks.tracking import Run, connect, mlflow_run
-from tasks.train import train
 from tasks.train.step import train_adapter
+from tasks.train.task import train
 from tasks.train.update import Launched, Updates
 
 

@@ -152,15 +152,15 @@ def test_a_forced_step_is_made_again_with_all_that_follows(chain: Chain) -> None
     assert chain.run(chain.settings) == {}
 
 
-def test_the_entry_of_a_step_for_prefect_is_no_part_of_its_code(tmp_path: Path) -> None:
-    entry = Path(publish.__file__).parent / "fuse" / "__init__.py"
+def test_the_task_of_a_step_for_prefect_is_no_part_of_its_code(tmp_path: Path) -> None:
+    entry = Path(publish.__file__).parent / "fuse" / "task.py"
     publish.code_version.cache_clear()
     before, text = publish.code_version("fuse"), entry.read_text()
     folder = tmp_path / "tasks"
     shutil.copytree(entry.parent, folder / "fuse", ignore=shutil.ignore_patterns("__pycache__"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(publish, "__file__", str(folder / "publish.py"))
-        (folder / "fuse" / "__init__.py").write_text(text + "\n# another time limit\n")
+        (folder / "fuse" / "task.py").write_text(text + "\n# another time limit\n")
         publish.code_version.cache_clear()
         assert publish.code_version("fuse") == before
         (folder / "fuse" / "merge.py").write_text("another merge")

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tasks.models.folder import ModelFolder
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("flows", "search", "tasks")
 
@@ -42,11 +44,11 @@ def test_tasks_import_neither_flows_nor_search_and_search_not_flows() -> None:
         assert "flows" not in imported(path), path
 
 
-def test_prefect_stands_in_flows_and_in_each_steps_entry_only() -> None:
-    entries = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tasks").glob("*/__init__.py")}
-    for name in ("export", "tracking"):  # what a command does, and what all steps write to
-        entries.remove(f"tasks/{name}/__init__.py")
-    assert {name for name in users_of("prefect") if not name.startswith("flows/")} == entries
+def test_prefect_stands_in_flows_and_in_each_steps_task_only() -> None:
+    steps = {path.parent.name for path in (ROOT / "tasks").glob("*/__init__.py")}
+    steps -= {"export", "tracking"}  # what a command does, and what all steps write to
+    users = {name for name in users_of("prefect") if not name.startswith("flows/")}
+    assert users == {f"tasks/{step}/task.py" for step in steps}
 
 
 def test_optuna_stands_in_search_only() -> None:
@@ -64,4 +66,19 @@ def test_help_imports_nothing_heavy() -> None:
         "sys.exit(' '.join(heavy & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_estimate_imports_no_prefect_and_no_mlflow(tiny_model: ModelFolder) -> None:
+    command = [
+        "estimate",
+        "flows/configs/quickstart.yaml",
+        f"model.source={tiny_model.path}",
+        "train.num_layers=2",
+    ]
+    program = (
+        f"import sys; from flows.cli import run; code = run({command!r});"
+        "found = {'prefect', 'mlflow', 'optuna'} & set(sys.modules); sys.exit(' '.join(found) or code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

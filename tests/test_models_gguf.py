@@ -17,11 +17,12 @@ from tasks.home import cache_dir
 from tasks.models import gguf_import
 from tasks.models.gguf_check import check_gguf, read_gguf
 from tasks.models.gguf_config import llama3_factors, model_config
-from tasks.models.gguf_import import import_gguf
+from tasks.models.gguf_import import gguf_folder_config, import_gguf
 from tasks.models.gguf_tokenizer import SPLITS, build_tokenizer
 from tasks.models.gguf_weights import affine_from_blocks
 from tasks.models.load import load_model
 from tasks.models.mlx_lm_import import import_mlx_lm
+from tasks.models.safety import read_config
 
 import_mlx_lm()
 
@@ -387,6 +388,18 @@ def test_a_second_import_reuses_the_first_and_a_changed_file_does_not(
         assert import_gguf(path, "tiny") == first
     write_tiny_gguf(path, tied=False)
     assert import_gguf(path, "tiny") not in (first, import_gguf(path, "tiny", "stored"))
+
+
+def test_the_config_of_a_file_is_read_once_and_is_that_of_its_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_tiny_gguf(path)
+    config = gguf_folder_config(path, "tiny")
+    with monkeypatch.context() as held:
+        held.setattr(gguf_import, "read_gguf", lambda _: pytest.fail("read again"))
+        assert gguf_folder_config(path, "tiny") == config
+    assert read_config(import_gguf(path, "tiny")) == config
 
 
 def test_the_tokenizer_loads_in_transformers_and_decodes_what_it_encodes(tmp_path: Path) -> None:

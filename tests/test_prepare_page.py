@@ -15,8 +15,9 @@ from prefect import flow
 
 from tasks.config import DataSettings, Settings
 from tasks.models.folder import ModelFolder
-from tasks.prepare import pipeline, prepare
+from tasks.prepare import pipeline
 from tasks.prepare.page import length_chart, place, printable, report_markdown, shortened, write_page
+from tasks.prepare.task import prepare
 from tasks.publish import StepOutput
 from tasks.tracking import Run, mlflow_run
 
@@ -180,7 +181,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StepOutput:
     folder.mkdir()
     write_prepared(folder)
     output = StepOutput(folder, "0123456789abcdef", False, 0.1)
-    monkeypatch.setattr("tasks.prepare.prepare_data", lambda data, model, run: output)
+    monkeypatch.setattr("tasks.prepare.task.prepare_data", lambda data, model, run: output)
     return output
 
 
@@ -216,7 +217,7 @@ def test_a_report_that_prefect_does_not_take_costs_a_warning_and_not_the_run(
     def refuse(*_: object) -> None:
         raise ConnectionError("server has gone")
 
-    monkeypatch.setattr("tasks.prepare.create_markdown_artifact", refuse)
+    monkeypatch.setattr("tasks.prepare.task.create_markdown_artifact", refuse)
 
     @flow
     def preparing() -> StepOutput:

@@ -23,6 +23,7 @@ from tasks.prepare.splits import TokenRows, save_splits
 from tasks.publish import StepOutput
 from tasks.train.adapters import adapter_config, adapter_weights, add_adapter, count_parameters
 from tasks.train.memory import estimate as estimating
+from tasks.train.memory import fitting
 from tasks.train.memory.backends import CPU
 from tasks.train.memory.budget import Allowed, in_words, within_budget
 from tasks.train.memory.calibration import CHANGING, Calibration, calibration, learn, note_probe
@@ -33,7 +34,7 @@ from tasks.train.memory.estimate import (
     estimate_from_config,
     estimate_memory,
 )
-from tasks.train.memory.fitting import Plan, nearest_that_fits, what_fits
+from tasks.train.memory.fitting import Plan, bases, nearest_that_fits, what_fits
 from tasks.train.memory.fusion import fused
 from tasks.train.memory.graph import graph_of, instead_of
 from tasks.train.memory.probe import CONFIG, calibrate_once
@@ -244,6 +245,51 @@ def test_the_largest_that_fits_fits_and_the_next_does_not() -> None:
     budget = plan(batch_size=8).estimate().peak_bytes
     found = {each.setting: each for each in what_fits(plan(), budget, layers=4)}
     assert found["train.batch_size"].plain == 8
+
+
+QUANTISED = {"quantization": {"bits": 4, "group_size": 64}}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "settings", "config", "expected"),
+    [
+        (False, {}, {"dtype": "bfloat16"}, [None]),
+        (True, {}, {"dtype": "bfloat16"}, [16, 8, 4]),
+        (True, {}, {"dtype": "float32"}, [32, 8, 4]),
+        (True, {}, QUANTISED, [None]),
+        (True, {"method": "full"}, {"dtype": "bfloat16"}, [None]),
+    ],
+)
+def test_a_base_is_told_of_in_the_bits_that_it_may_have_here(
+    gpu: bool,
+    settings: dict[str, object],
+    config: dict[str, object],
+    expected: list[int | None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fitting, "on_gpu", lambda: gpu)
+    found = bases(replace(plan(**settings), config={**TINY, **config}))
+    assert [*found] == expected
+    for bits in {8, 4} & found.keys():
+        assert found[bits].config["quantization"]["bits"] == bits
+
+
+def test_more_fits_on_a_base_of_fewer_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks of 16, 8 and 4 bits: a part for the weights, one for each row."""
+
+    def estimate(self: Plan) -> MemoryEstimate:
+        bits = self.config.get("quantization", {}).get("bits", 16)
+        rows = self.settings.batch_size // (2 if self.settings.grad_checkpoint else 1)
+        return MemoryEstimate({"training": Breakdown(weights=bits, activations=rows)})
+
+    monkeypatch.setattr(fitting, "on_gpu", lambda: True)
+    monkeypatch.setattr(Plan, "estimate", estimate)
+    found = [each for each in what_fits(plan(), 20, layers=4) if each.setting == "train.batch_size"]
+    assert [(each.bits, each.plain, each.checkpointed) for each in found] == [
+        (16, 4, 8),
+        (8, 8, 16),
+        (4, 16, 32),
+    ]
 
 
 def test_a_run_over_its_budget_is_refused_with_parts_and_settings_that_fit(

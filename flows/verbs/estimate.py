@@ -6,9 +6,10 @@ import json
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 
-from flows.verbs.frame import START, Config, Overrides, app, load, quiet_prefect, quiet_screen
+from flows.verbs.frame import START, Config, Overrides, app, load, quiet_screen
 
 
 @app.command(group=START)
@@ -18,7 +19,7 @@ def estimate(
     /,
     *,
     budget: str | None = None,
-    length: int = 512,
+    length: Annotated[int | None, Parameter(validator=Number(gte=2))] = None,
     table: bool = False,
     as_json: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
@@ -29,21 +30,20 @@ def estimate(
     budget
         show what fits: 8GB, or 75% of what is free (train.budget)
     length
-        tokens of the longest row, half of them supervised, where the data is not prepared yet
+        tokens of a row, half of them supervised, in place of the prepared rows (512 where there are none)
     table
         LoRA, QLoRA and full training of models of 1B to 70B on this machine, in place of a run
     as_json
         print one JSON object
     """
-    quiet_prefect()
-    from flows.estimating import estimate_run, estimate_table
+    from flows.estimating import LENGTH, estimate_run, estimate_table
     from flows.estimating_tables import print_estimate, print_table
 
     console = Console()
     if table:
         with quiet_screen():
-            found = estimate_table(length)
-        print(json.dumps(found)) if as_json else print_table(console, found, length)
+            found = estimate_table(length or LENGTH)
+        print(json.dumps(found)) if as_json else print_table(console, found, length or LENGTH)
         return
     if budget is not None:
         overrides = [*(overrides or []), f"train.budget={budget}"]

@@ -54,10 +54,25 @@ def import_gguf(path: Path, name: str, precision: Precision | None = None) -> Pa
 
 
 def gguf_folder_config(path: Path, name: str, precision: Precision | None = None) -> dict[str, Any]:
-    """The `config.json` of the folder that `import_gguf` makes, without making it."""
+    """The `config.json` of the folder that `import_gguf` makes, without making it.
+
+    The file is read once for it, as that takes seconds; it is kept as `configs/<name>-<fingerprint>`.
+    """
+    if imported := imported_folder(path, name, precision):
+        return read_config(imported)
     precision = precision or usual_precision()
-    place = _place(path, name, precision)
-    return read_config(place) if place.is_dir() else _folder_config(read_gguf(path), precision)
+    known = cache_dir() / "configs" / _place(path, name, precision).name
+    if not known.is_dir():
+        config = _folder_config(read_gguf(path), precision)
+        with publishing(known) as draft:
+            write_json(draft / "config.json", config)
+    return read_config(known)
+
+
+def imported_folder(path: Path, name: str, precision: Precision | None = None) -> Path | None:
+    """The folder that `import_gguf` has made; None where it has not."""
+    place = _place(path, name, precision or usual_precision())
+    return place if place.is_dir() else None
 
 
 def _place(path: Path, name: str, precision: Precision) -> Path:

@@ -44,6 +44,17 @@ def download_config(repo: str, revision: str | None) -> dict[str, Any]:
     return config
 
 
+def downloaded_model(repo: str, revision: str | None) -> Path | None:
+    """The local snapshot of a hub model; None where there is none. The hub is not asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
 def _downloaded(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     import httpx
     from huggingface_hub import snapshot_download

@@ -12,7 +12,7 @@ from tasks.models.bundled import BUNDLED_NAME, BUNDLED_SOURCE, bundled_gguf
 from tasks.models.fingerprints import folder_fingerprint
 from tasks.models.folder import ModelFolder
 from tasks.models.gguf_check import has_gguf_magic
-from tasks.models.hub import download_config, download_model, is_hub_name
+from tasks.models.hub import download_config, download_model, downloaded_model, is_hub_name
 from tasks.models.safety import check_folder, read_config
 
 CHOICES = f"give '{BUNDLED_SOURCE}', a hub name (owner/name), a folder, or a .gguf file"
@@ -72,6 +72,22 @@ def model_config(settings: ModelSettings) -> dict[str, Any]:
             "group_size": settings.quantize.group_size,
         }
     return config
+
+
+def tokenizer_folder(settings: ModelSettings) -> Path | None:
+    """A folder with the base's tokenizer, where one is here: nothing is imported, quantised or downloaded.
+
+    Raises:
+        InputError: as `check_model`.
+    """
+    found = check_model(settings)
+    if found is None:
+        return downloaded_model(settings.source, settings.revision)
+    if found.is_file():
+        from tasks.models.gguf_import import imported_folder
+
+        return imported_folder(found, _gguf_name(settings, found), _gguf_precision(settings))
+    return found
 
 
 def _gguf_name(settings: ModelSettings, found: Path) -> str:

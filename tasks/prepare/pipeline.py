@@ -23,12 +23,12 @@ from tasks.prepare.encoding import BATCH_ROWS, encoded_parts
 from tasks.prepare.page import write_page
 from tasks.prepare.report import token_figures
 from tasks.prepare.rows import SPLITS, Stream
-from tasks.prepare.sources import check_source, read_source, source_inputs
+from tasks.prepare.sources import check_source, is_hub, read_source, source_inputs
 from tasks.prepare.spool import Dealt, Spool, first_lines
 from tasks.prepare.templates import template_source
 from tasks.prepare.tokenise import ChatEncoder, chat_encoder, load_tokenizer
 from tasks.progress import Bar, progress
-from tasks.publish import StepOutput, run_step, write_json
+from tasks.publish import StepOutput, output_folder, run_step, write_json
 from tasks.tracking import Run
 
 log = logging.getLogger(__name__)
@@ -51,14 +51,7 @@ def prepare_data(data: DataSettings, model: ModelFolder, run: Run | None = None)
             used, or fewer than three rows are left. Nothing is published then.
     """
     check_source(data)
-    with progress("looking at the rows"):
-        source = source_inputs(data)
-    inputs = {
-        "data": data.model_dump(mode="json", exclude={"source"}),
-        "source": source,
-        "tokenizer": tokenizer_digest(model.path),
-    }
-    output = run_step("prepare", inputs, lambda folder: _make(folder, data, model))
+    output = run_step("prepare", _inputs(data, model.path), lambda folder: _make(folder, data, model))
     if run is not None:
         report = output.read_json(REPORT_FILE)
         if reasons := report["reasons"].values():
@@ -70,6 +63,31 @@ def prepare_data(data: DataSettings, model: ModelFolder, run: Run | None = None)
         run.log_files(output.path, "data", only=(REPORT_FILE, PAGE_FILE, REJECTED_FILE))
         run.log_dataset(output, report)
     return output
+
+
+def prepared_folder(data: DataSettings, model: Path) -> Path | None:
+    """Where the output of `prepare_data` lies for the model folder; None where it has not been made.
+
+    Nothing is made or downloaded. A hub dataset counts as not prepared: only loading it says what it holds.
+    """
+    if is_hub(data):
+        return None
+    try:
+        check_source(data)
+        folder = output_folder("prepare", _inputs(data, model))
+    except InputError:
+        return None
+    return folder if folder.is_dir() else None
+
+
+def _inputs(data: DataSettings, model: Path) -> dict[str, Any]:
+    with progress("looking at the rows"):
+        source = source_inputs(data)
+    return {
+        "data": data.model_dump(mode="json", exclude={"source"}),
+        "source": source,
+        "tokenizer": tokenizer_digest(model),
+    }
 
 
 def inspect_data(data: DataSettings, model: ModelFolder) -> dict[str, Any]:

@@ -43,13 +43,13 @@ def check_source(data: DataSettings) -> None:
         InputError: no such file, built-in name or hub name; an unreadable or empty file; a suffix not
             taken; a folder without data; a setting that this source does not have.
     """
-    if not _is_hub(data) and (data.subset or data.revision):
+    if not is_hub(data) and (data.subset or data.revision):
         setting = "subset" if data.subset else "revision"
         raise InputError(f"data.{setting}: only hub datasets have one, {data.source} is none; remove it")
     if data.source == BUILT_IN:
         if data.mapping != MappingSettings():
             raise InputError(f"data.mapping: the rows of '{BUILT_IN}' need none; remove it")
-    elif _is_hub(data):
+    elif is_hub(data):
         from tasks.prepare.hub import check_hub
 
         check_hub(data)
@@ -72,7 +72,7 @@ def read_source(data: DataSettings) -> Stream:
     forms = Forms(data.mapping)
     if data.source == BUILT_IN:
         yield from _stdlib_rows()
-    elif _is_hub(data):
+    elif is_hub(data):
         from tasks.prepare.hub import read_hub
 
         yield from read_hub(data, forms)
@@ -90,7 +90,7 @@ def source_inputs(data: DataSettings) -> dict[str, Any]:
         for row in _stdlib_rows():
             digest.update(row.identity.encode())
         return {"built_in": BUILT_IN, "python": platform.python_version(), "sha256": digest.hexdigest()}
-    if _is_hub(data):
+    if is_hub(data):
         from tasks.prepare.hub import hub_inputs
 
         return hub_inputs(data)
@@ -99,7 +99,7 @@ def source_inputs(data: DataSettings) -> dict[str, Any]:
     return {"files": contents, "not_read": [note.detail for note in notes]}
 
 
-def _is_hub(data: DataSettings) -> bool:
+def is_hub(data: DataSettings) -> bool:
     """Whether no such path is there, and the name can be that of a hub dataset.
 
     Of a name like `data/train.jsonl`, or one in a folder that is there, a path was meant.

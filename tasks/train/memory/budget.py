@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tasks.budget import parse_budget
 from tasks.config import TrainSettings
@@ -12,7 +14,7 @@ from tasks.models.folder import ModelFolder
 from tasks.prepare.splits import load_splits
 from tasks.progress import progress
 from tasks.publish import StepOutput
-from tasks.train.frozen_prefix import frozen_depth, worth_keeping
+from tasks.train.frozen_prefix import Splits, frozen_depth, worth_keeping
 from tasks.train.memory.estimate import Breakdown, MemoryEstimate, Prefixed
 from tasks.train.memory.fitting import Change, Plan, nearest_that_fits
 from tasks.train.memory.probe import calibrate_once
@@ -82,12 +84,18 @@ def within_budget(
 
 def plan_of(settings: TrainSettings, model: ModelFolder, data: StepOutput, base_stays: bool = False) -> Plan:
     """What decides the memory of training on prepared data."""
-    splits = load_splits(data.path)
+    return plan_of_rows(settings, model.config(), load_splits(data.path), base_stays)
+
+
+def plan_of_rows(
+    settings: TrainSettings, config: Mapping[str, Any], splits: Splits, base_stays: bool = False
+) -> Plan:
+    """The same of the base's `config.json` and the prepared rows."""
     valid = splits["valid"].first(settings.valid_rows) if settings.valid_rows else splits["valid"]
-    layers = int(model.language_config()["num_hidden_layers"])
+    layers = int({**config, **config.get("text_config", {})}["num_hidden_layers"])
     kept = worth_keeping(splits, settings) if frozen_depth(settings, layers) else set()
     prefixed = Prefixed("train" in kept, "valid" in kept, base_stays)
-    return Plan(settings, model.config(), RowSizes.of(splits["train"]), RowSizes.of(valid), prefixed)
+    return Plan(settings, config, RowSizes.of(splits["train"]), RowSizes.of(valid), prefixed)
 
 
 def in_words(parts: Breakdown) -> str:

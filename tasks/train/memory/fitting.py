@@ -13,6 +13,7 @@ from tasks.errors import InputError
 from tasks.models.device import on_gpu
 from tasks.train.memory.estimate import MemoryEstimate, Prefixed, estimate_from_config
 from tasks.train.memory.row_sizes import RowSizes
+from tasks.train.memory.skeleton import stored_dtype
 
 LEAST_LENGTH = 64
 
@@ -103,8 +104,7 @@ Steps = Iterator[tuple[str, str, Callable[[Plan], Plan]]]
 
 def _changes(plan: Plan, training_only: bool) -> Steps:
     yield from _of_speed(plan)
-    stored = {"quantization", "quantization_config"} & plan.config.keys()
-    if on_gpu() and not stored and not training_only:
+    if may_be_quantised(plan.config) and not training_only:
         for bits in BITS:
             override = f"model.quantize={{bits:{bits}}}"
             yield override, f"a base of {bits} bits", partial(Plan.with_bits, bits=bits)
@@ -148,16 +148,18 @@ class Largest:
     """The largest value of a setting that fits while the others stay; None where none does.
 
     Attributes:
+        bits: of the base's weights; None where it is as it is configured, and no other is told of.
         plain, checkpointed: without and with gradient checkpointing.
     """
 
     setting: str
+    bits: int | None
     plain: int | None
     checkpointed: int | None
 
 
 def what_fits(plan: Plan, budget_bytes: int, layers: int) -> Iterator[Largest]:
-    """The largest batch, number of layers, rank and row length, each by itself."""
+    """The largest batch, number of layers, rank and row length, each by itself, on each of `bases`."""
     scales: dict[str, tuple[Sequence[int], Callable[[Plan, int], Plan]]] = {
         "train.batch_size": ([1 << power for power in range(8)], _with("batch_size")),
         "train.num_layers": (_depths(layers), _with("num_layers")),
@@ -172,11 +174,24 @@ def what_fits(plan: Plan, budget_bytes: int, layers: int) -> Iterator[Largest]:
     if plan.settings.method == "soft-prompt":
         del scales["train.num_layers"]
     for name, (values, change) in scales.items():
-        found = [
-            _largest(plan.with_settings(grad_checkpoint=recompute), values, change, budget_bytes)
-            for recompute in (False, True)
-        ]
-        yield Largest(name, *found)
+        for bits, base in bases(plan).items():
+            found = [
+                _largest(base.with_settings(grad_checkpoint=recompute), values, change, budget_bytes)
+                for recompute in (False, True)
+            ]
+            yield Largest(name, bits, *found)
+
+
+def bases(plan: Plan) -> dict[int | None, Plan]:
+    """By bits, the plan on its base as it is, and quantised where it may be and is not trained itself."""
+    if not may_be_quantised(plan.config) or plan.settings.method == "full":
+        return {None: plan}
+    return {8 * stored_dtype(plan.config).size: plan, **{bits: plan.with_bits(bits) for bits in BITS}}
+
+
+def may_be_quantised(config: Mapping[str, Any]) -> bool:
+    """Whether the base's bits are open, and count: on a CPU every base is held as float32."""
+    return on_gpu() and not {"quantization", "quantization_config"} & config.keys()
 
 
 def _depths(layers: int) -> list[int]:

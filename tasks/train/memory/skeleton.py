@@ -47,7 +47,7 @@ def skeleton(config: Mapping[str, Any]) -> nn.Module:
 def stored_network(config: Mapping[str, Any]) -> nn.Module:
     """The base model of a `config.json` in the types its files have."""
     network = _plain_network(config)
-    network.set_dtype(_stored_dtype(config))
+    network.set_dtype(stored_dtype(config))
     if quantization := config.get("quantization") or config.get("quantization_config"):
         _quantise(network, quantization)
     return network
@@ -111,7 +111,8 @@ def _plain_network(config: Mapping[str, Any]) -> nn.Module:
     return network
 
 
-def _stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+def stored_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+    """The type of a base's weights where they are not quantised."""
     named = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     return DTYPES.get(str(named), mx.bfloat16)
 
