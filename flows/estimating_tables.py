@@ -13,16 +13,24 @@ from tasks.train.memory.estimate import PARTS
 
 GB = 1e9
 
+LEAST_SHARE = 0.01
+"""Of the highest peak: parts that never reach it have no column."""
+
 
 def print_estimate(console: Console, told: Told) -> None:
     """The phases of a run with their parts, whether it fits, and what would."""
-    table = Table("GB", *told.phases, title=f"peak memory on {device_name()}")
-    for part in PARTS:
-        sizes = [getattr(parts, part) for parts in told.phases.values()]
-        if any(abs(size) >= 5e6 for size in sizes):
-            table.add_row(part, *(f"{size / GB:.2f}" for size in sizes))
-    table.add_section()
-    table.add_row("together", *(f"{parts.bytes / GB:.2f}" for parts in told.phases.values()))
+    least = LEAST_SHARE * max(parts.bytes for parts in told.phases.values())
+    shown = [
+        part for part in PARTS if any(abs(getattr(parts, part)) >= least for parts in told.phases.values())
+    ]
+    table = Table("GB", title=f"peak memory on {device_name()}")
+    for name in (*shown, "together"):
+        table.add_column(name, justify="right")
+    for phase, parts in told.phases.items():
+        sizes = [*(getattr(parts, part) for part in shown), parts.bytes]
+        table.add_row(phase, *(f"{size / GB:.2f}" for size in sizes))
+        if phase == list(told.estimate.phases)[-1]:
+            table.add_section()
     console.print(table)
     peak, budget = told.estimate.peak_bytes / GB, told.budget_bytes / GB
     verdict = "over" if told.is_over else "within"
