@@ -149,7 +149,7 @@ def test_a_fused_model_that_is_not_the_adapter_is_not_published(
         plain = [(name, layer.linear) for name, layer in named if hasattr(layer, "fuse")]
         network.update_modules(tree_unflatten(plain))  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(merge, "_merge", forget_the_adapter)
+    monkeypatch.setattr(merge, "merge_layers", forget_the_adapter)
     with pytest.raises(StepError, match=r"over fuse\.tolerance"):
         finetune(settings)
     assert list((home / "steps" / "fuse").iterdir()) == []
