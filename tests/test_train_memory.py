@@ -23,11 +23,12 @@ from tasks.prepare.splits import TokenRows, save_splits
 from tasks.publish import StepOutput
 from tasks.train.adapters import adapter_config, adapter_weights, add_adapter, count_parameters
 from tasks.train.memory import estimate as estimating
-from tasks.train.memory import fitting
+from tasks.train.memory import fitting, probe
 from tasks.train.memory.backends import CPU
 from tasks.train.memory.budget import Allowed, in_words, within_budget
 from tasks.train.memory.calibration import CHANGING, Calibration, calibration, learn, note_probe
 from tasks.train.memory.estimate import (
+    LOOKED_AT,
     Breakdown,
     MemoryEstimate,
     Prefixed,
@@ -347,6 +348,32 @@ def test_a_machine_that_cannot_be_measured_is_told(
     calibrate_once()
     assert "could not be measured" in caplog.text
     assert json.loads(file.read_text()) == [1.0]
+
+
+def test_of_a_probe_that_fails_the_reason_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    [file] = (home / "cache" / "memory").glob("*.probe.json")
+    file.unlink()
+    monkeypatch.setattr(probe, "__name__", "no.such.module")
+    calibrate_once()
+    assert "(ModuleNotFoundError: No module named 'no')" in caplog.text
+
+
+def test_on_a_gpu_a_run_is_predicted_as_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = plan().estimate()
+    assert free.limit_bytes is None
+    monkeypatch.setattr(estimating, "on_gpu", lambda: True)
+    held = plan().estimate()
+    assert held.limit_bytes is not None
+    assert held.limit_bytes < held.peak_bytes < free.peak_bytes
+
+
+def test_the_first_look_is_at_no_more_rows_than_a_batch_has() -> None:
+    one, two, more = (
+        plan(batch_size=rows).estimate().phases["first look"].bytes for rows in (1, LOOKED_AT, 2 * LOOKED_AT)
+    )
+    assert one < two == more
 
 
 def test_a_probe_counts_until_there_are_runs_and_raises_only() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,15 @@ def test_a_trial_over_the_memory_it_may_take_is_stopped_and_goes_on_when_it_may_
     assert _failed(OverBudget("5 GB")).kind == "memory", "which makes it infeasible, and not failed"
     stopped = train_trial(settings(), base, data, nobody, None, Allowed(10**12))
     assert stopped.ended_by == "epochs"
+
+
+def test_a_trial_is_held_to_its_share(base: WarmBase, data: StepOutput) -> None:
+    before = mx.get_memory_limit()
+    limits: set[int] = set()
+
+    def report(step: int, metrics: Mapping[str, float]) -> None:
+        limits.add(mx.get_memory_limit())
+
+    train_trial(settings(max_steps=3), base, data, report, None, Allowed(10**12, share_bytes=10**9))
+    assert 10**9 in limits
+    assert mx.get_memory_limit() == before

@@ -48,9 +48,19 @@ def calibrate_once() -> None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
             ratio = float(done.stdout.split()[-1])
         except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-            log.warning("how this machine takes memory could not be measured (%s)", error)
+            log.warning(
+                "how this machine takes memory could not be measured (%s): predictions are what MLX's rules "
+                "give, until three runs have ended",
+                _reason(error),
+            )
             ratio = 1.0
     note_probe(ratio)
+
+
+def _reason(error: Exception) -> str:
+    """What the process said last, if it said anything."""
+    said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
+    return str(said.splitlines()[-1]) if said else str(error)
 
 
 def measured_ratio(
