@@ -144,11 +144,12 @@ def test_beyond_a_limit_the_crest_that_comes_up_often_enough_is_met() -> None:
 
     graph = graph_of(crests, {"x": mx.zeros((1000,))})
 
-    def met(crest: int, limit_bytes: float = 1e6) -> float:
-        pace = replace(CPU, limit_bytes=limit_bytes, crest=crest)
+    def met(crest: int, limit_bytes: float = 1e6, dispatches: int = CPU.dispatches) -> float:
+        pace = replace(CPU, limit_bytes=limit_bytes, crest=crest, dispatches=dispatches)
         return highest(graph, pace, lambda value: "all", ["x"]).bytes / 1e6
 
     assert [round(met(crest)) for crest in (1, 2, 3, 4)] == [40, 4, 4, 4]
+    assert round(met(2, dispatches=10_000)) == 4, "a task that is not full is waited for too"
     assert met(2, limit_bytes=20e6) == pytest.approx((1 + BEYOND) * 20, rel=1e-3)
     assert met(2, limit_bytes=1e9) == met(1, limit_bytes=math.inf)
 
